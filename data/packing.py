@@ -1,0 +1,167 @@
+"""Examples become batches: one optimizer step at a time, split over ranks and micro-batches without padding.
+
+A *step* is `batch_size` documents drawn from a seeded stream. Everything else follows from the step's number: its
+documents, how they are dealt to ranks and micro-batches, and each picture's augmentation. So the stream is the
+same for any number of loader workers and ranks, and it resumes at any step. Each rank renders the text of the whole
+step (that is cheap), deals all documents by length, and opens only its own pictures.
+
+Shapes: T tokens of one packed row, N images, S image size in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.conversation import IGNORE_INDEX, Rendered
+from data.dataset import ConversationDataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents laid end to end in one row: what one forward pass reads."""
+
+    input_ids: Tensor  # (T,)
+    labels: Tensor  # (T,), IGNORE_INDEX where nothing is learned
+    position_ids: Tensor  # (T,), from 0 in every document
+    branch_ids: Tensor | None  # (T,), None where no document branches
+    cu_seqlens: list[int]  # borders of the documents: 0, ..., T
+    pixel_values: Tensor | None  # (N, 3, S, S) in reading order, None where no document has a picture
+    rows: list[int]  # which rows of the file the documents are
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of an optimizer step, and what every rank knows of the whole."""
+
+    micro_batches: list[Batch]
+    num_supervised: int  # tokens with a label in the whole step, over all ranks: the loss's denominator
+    num_tokens: int  # tokens in the whole step
+    num_documents: int  # documents in the whole step
+    rows_without_labels: list[int]  # documents of the whole step from which nothing can be learned
+
+
+def pack(documents: Sequence[tuple[int, Rendered, Tensor | None]]) -> Batch:
+    """Lay documents (row number, text, pixels) end to end."""
+    texts = [text for _, text, _ in documents]
+    pixels = [pixel for _, _, pixel in documents if pixel is not None]
+    branches = [branch for text in texts for branch in text.branch_ids]
+    return Batch(
+        input_ids=torch.tensor([token for text in texts for token in text.input_ids]),
+        labels=torch.tensor([label for text in texts for label in text.labels]),
+        position_ids=torch.tensor([position for text in texts for position in text.position_ids]),
+        branch_ids=torch.tensor(branches) if any(branches) else None,
+        cu_seqlens=[0, *np.cumsum([len(text) for text in texts]).tolist()],
+        pixel_values=torch.stack(pixels) if pixels else None,
+        rows=[row for row, _, _ in documents],
+    )
+
+
+def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal documents to ranks and micro-batches, longest first to the lightest share.
+
+    Returns: `shares[rank][micro_batch]`, lists of indices into `lengths`. All ranks have equally many micro-batches,
+        as few as keep each within `max_tokens`, and none is empty (an idle rank would leave the others waiting).
+    Raises: ValueError when there are fewer documents than ranks, or no dealing keeps to `max_tokens`.
+    """
+    if len(lengths) < num_ranks:
+        raise ValueError(f"{len(lengths)} samples cannot be shared by {num_ranks} ranks: raise batch_size or use fewer")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    num_micro_batches = max(1, -(-sum(lengths) // (num_ranks * max_tokens)))
+    while num_micro_batches * num_ranks <= len(lengths):
+        bins: list[list[int]] = [[] for _ in range(num_micro_batches * num_ranks)]
+        weights = [0] * len(bins)
+        for index in order:
+            lightest = weights.index(min(weights))
+            bins[lightest].append(index)
+            weights[lightest] += lengths[index]
+        if max(weights) <= max_tokens:
+            shares = [bins[rank::num_ranks] for rank in range(num_ranks)]
+            return [[sorted(micro_batch) for micro_batch in share] for share in shares]
+        num_micro_batches += 1
+    raise ValueError(
+        f"{len(lengths)} documents of up to {max(lengths)} tokens cannot be dealt to {num_ranks} ranks in micro-batches "
+        f"of at most {max_tokens} tokens: raise micro_batch_tokens"
+    )
+
+
+class StepDataset(Dataset[Step]):
+    """Item i is optimizer step i of one rank; the loader's workers can make steps in any order."""
+
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        batch_size: int,
+        micro_batch_tokens: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        if len(dataset) < num_ranks:
+            raise ValueError(
+                f"{dataset.file} has {len(dataset)} samples for {num_ranks} ranks: use at most {len(dataset)} ranks"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, step: int) -> Step:
+        draws = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.make_step([(self._row(draw), (self.seed, draw)) for draw in draws])
+
+    def make_step(self, draws: Sequence[tuple[int, tuple[int, int] | None]]) -> Step:
+        """Make a step of the given rows, each with the seed of its augmentation (None for none)."""
+        texts = [self.dataset.render(row) for row, _ in draws]
+        supervised = [text.num_supervised for text in texts]
+        shares = deal([len(text) for text in texts], self.num_ranks, self.micro_batch_tokens)
+        micro_batches = [
+            pack([(draws[i][0], texts[i], self.dataset.load_pixels(*draws[i])) for i in micro_batch])
+            for micro_batch in shares[self.rank]
+        ]
+        return Step(
+            micro_batches,
+            num_supervised=sum(supervised),
+            num_tokens=sum(len(text) for text in texts),
+            num_documents=len(texts),
+            rows_without_labels=[row for (row, _), count in zip(draws, supervised, strict=True) if count == 0],
+        )
+
+    def _row(self, draw: int) -> int:
+        """Return the row of draw number `draw`: every epoch is a permutation of its own."""
+        epoch, place = divmod(draw, len(self.dataset))
+        if self.order[0] != epoch:
+            self.order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)))
+        return int(self.order[1][place])
+
+
+def held_out_steps(steps: StepDataset, num_rows: int) -> list[Step]:
+    """Return the first `num_rows` rows as steps, for measuring: no shuffling, no augmentation, every row once."""
+    num_rows = min(num_rows, len(steps.dataset))
+    size = min(max(steps.batch_size, steps.num_ranks), num_rows)
+    starts = list(range(0, num_rows, size))
+    if len(starts) > 1 and num_rows - starts[-1] < steps.num_ranks:
+        starts.pop()  # a remainder too small to give every rank a document joins the step before it
+    ends = [*starts[1:], num_rows]
+    return [
+        steps.make_step([(row, None) for row in range(start, end)]) for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def count_supervised(batch: Batch) -> int:
+    """Return how many tokens of a batch carry a label."""
+    return int((batch.labels != IGNORE_INDEX).sum())

@@ -1,0 +1,1 @@
+"""Data sets as their owners distribute them become LLaVA conversation files: `python -m data.prepare --help`."""

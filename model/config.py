@@ -1,0 +1,81 @@
+"""Architecture sizes: what a checkpoint's `config.json` says, and the four sizes this project names.
+
+Field names are Hugging Face's. Only sizes live here; how a model is trained is `train/config.py`'s.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self, TypeVar
+
+from model.llama import LlamaConfig
+from model.vision import VisionConfig
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A vision tower, a language model, and (implied by both) the projector between them."""
+
+    vision: VisionConfig
+    text: LlamaConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return {"model_type": "plain_llava", "vision_config": asdict(self.vision), "text_config": asdict(self.text)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict`'s form.
+
+        Raises: ValueError for a missing part, or a key or type this architecture does not have.
+        """
+        for part in ("vision_config", "text_config"):
+            if not isinstance(values.get(part), dict):
+                raise ValueError(f"config.json has no object '{part}': this is not a plain-llava model folder")
+        return cls(
+            vision=_read_sizes(VisionConfig, values["vision_config"], "vision_config"),
+            text=_read_sizes(LlamaConfig, values["text_config"], "text_config"),
+        )
+
+
+Sizes = TypeVar("Sizes", VisionConfig, LlamaConfig)
+
+
+def _read_sizes(kind: type[Sizes], values: dict[str, Any], part: str) -> Sizes:
+    known = {field.name: field.type for field in fields(kind)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"config.json {part} has keys this model does not know: {', '.join(unknown)}")
+    if missing := sorted(set(known) - set(values)):
+        raise ValueError(f"config.json {part} lacks {', '.join(missing)}")
+    for name, value in values.items():
+        # JSON writes 1e4 as 10000.0 or 10000; bool is an int to Python and never a size.
+        if isinstance(value, bool) or not isinstance(value, (int, float) if known[name] is float else int):
+            raise ValueError(f"config.json {part}.{name} = {value!r}, expected a number")
+    return kind(**values)
+
+
+VIT_L_14_336 = VisionConfig(
+    image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096,
+    num_hidden_layers=24, num_attention_heads=16, layer_norm_eps=1e-5, select_layer=-2,
+)  # fmt: skip
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+LLAMA_13B = LlamaConfig(
+    vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+    num_key_value_heads=40, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+
+CONFIGS = {
+    "tiny": LlavaConfig(
+        vision=VisionConfig(
+            image_size=64, patch_size=8, hidden_size=128, intermediate_size=512,
+            num_hidden_layers=4, num_attention_heads=4, layer_norm_eps=1e-5, select_layer=-2,
+        ),
+        text=LlamaConfig(
+            vocab_size=768, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=10000.0,
+        ),
+    ),
+    "llava-1.5-7b": LlavaConfig(vision=VIT_L_14_336, text=LLAMA_7B),
+    "llava-1.5-13b": LlavaConfig(vision=VIT_L_14_336, text=LLAMA_13B),
+}  # fmt: skip

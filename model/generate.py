@@ -1,0 +1,168 @@
+"""From a prompt to an answer: one prefill, then one token at a time against a static key/value cache.
+
+A `KVCache` says what a token may look at (see `model/attention.py`), so generation runs the very layers that
+training runs. Rows of a batch may differ in length: each row's keys lie at slots equal to their positions, and a
+token sees the slots up to its own, so what padding wrote behind a row's end is never seen and soon overwritten.
+
+Shapes: B rows, T tokens, L layers, K key/value heads, d head size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.llama import LlamaConfig
+from model.llava import Llava
+
+
+class KVCache:
+    """Keys and values of every layer for `num_rows` rows of at most `capacity` tokens."""
+
+    def __init__(
+        self, config: LlamaConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, capacity, config.head_size)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)  # tokens each row holds
+        self.used = 0  # no row has written a slot from here on, so none needs to be read
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def repeat(self, counts: Tensor, capacity: int) -> "KVCache":
+        """Return a cache in which row i stands counts[i] times, with room for `capacity` tokens."""
+        new = object.__new__(KVCache)
+        room = (0, 0, 0, capacity - self.used)
+        new.keys = F.pad(self.keys[:, :, :, : self.used].repeat_interleave(counts, dim=1), room)
+        new.values = F.pad(self.values[:, :, :, : self.used].repeat_interleave(counts, dim=1), room)
+        new.lengths = self.lengths.repeat_interleave(counts)
+        new.used = self.used
+        return new
+
+    def advance(self, num_tokens: Tensor, width: int) -> Tensor:
+        """Make room for `num_tokens[i]` more tokens in row i, written `width` wide; return their positions (B, width).
+
+        Raises: ValueError when the cache is full.
+        """
+        self.positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        self.used = max(self.used, int(self.positions.max()) + 1)
+        if self.used > self.capacity:
+            raise ValueError(f"{self.used} tokens do not fit a cache of {self.capacity}: shorten the prompt or answer")
+        self.mask = (torch.arange(self.used, device=self.lengths.device) <= self.positions[:, :, None])[:, None]
+        self.lengths = self.lengths + num_tokens
+        return self.positions
+
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, K, T, d) at their positions; attend from q to all that came before."""
+        keys, values = self.keys[layer_index], self.values[layer_index]
+        slots = self.positions[:, None, :, None].expand_as(k)
+        keys.scatter_(2, slots, k)
+        values.scatter_(2, slots, v)
+        return F.scaled_dot_product_attention(
+            q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=self.mask, enable_gqa=True
+        )
+
+
+@torch.inference_mode()
+def prefill(model: Llava, cache: KVCache, prompts: Sequence[Tensor], image_features: Tensor | None = None) -> Tensor:
+    """Run the prompts behind what the cache holds already; return the logits of each row's next token.
+
+    Shapes: prompts B x (T_i,), image_features (N, P, D) in reading order -> (B, V).
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=cache.lengths.device)
+    input_ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(cache.lengths.device)
+    position_ids = cache.advance(lengths, input_ids.shape[1])
+    hidden_states = model(input_ids, position_ids, cache, image_features)
+    last = hidden_states[torch.arange(len(prompts), device=lengths.device), lengths - 1]  # (B, T, D) -> (B, D)
+    return model.language_model.lm_head(last)
+
+
+@torch.inference_mode()
+def decode(
+    model: Llava,
+    cache: KVCache,
+    logits: Tensor,
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row (B,) until all rows have ended; a row that has ended yields EOS.
+
+    Args:
+        logits: what `prefill` returned, (B, V).
+        temperature: 0 takes the likeliest token; above 0 samples from the `top_p` most probable mass.
+    """
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for step in range(max_new_tokens):
+        tokens = sample(logits, temperature, top_p, generator).masked_fill(ended, eos_token_id)
+        yield tokens
+        ended |= tokens == eos_token_id
+        if ended.all() or step + 1 == max_new_tokens:
+            return
+        position_ids = cache.advance(torch.ones_like(cache.lengths), 1)
+        logits = model.language_model.lm_head(model(tokens[:, None], position_ids, cache)[:, -1])
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Choose one token per row. (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    # A token stays while the mass before it is below top_p; the likeliest always stays.
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    outside[:, 0] = False
+    choice = ordered.masked_fill(outside, 0).multinomial(1, generator=generator)
+    return order.gather(-1, choice).squeeze(-1)
+
+
+def generate(
+    model: Llava,
+    prompts: Sequence[Tensor],
+    pixel_values: Tensor | None,
+    eos_token_id: int,
+    max_new_tokens: int,
+    **sampling: float,
+) -> list[list[int]]:
+    """Answer a batch of prompts of any lengths; return each answer's token ids without EOS.
+
+    Shapes: prompts B x (T_i,), pixel_values (N, 3, S, S) in reading order.
+    """
+    return collect(generate_stream(model, prompts, pixel_values, eos_token_id, max_new_tokens, **sampling), eos_token_id)
+
+
+def generate_stream(
+    model: Llava,
+    prompts: Sequence[Tensor],
+    pixel_values: Tensor | None,
+    eos_token_id: int,
+    max_new_tokens: int,
+    **sampling: float,
+) -> Iterator[Tensor]:
+    """Like `generate`, but yield (B,) tokens as they come."""
+    weight = model.language_model.lm_head.weight
+    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
+    limit = model.config.text.max_position_embeddings
+    if capacity > limit:
+        raise ValueError(
+            f"a prompt of {capacity - max_new_tokens} tokens and an answer of {max_new_tokens} exceed the model's "
+            f"{limit} positions: shorten one of them"
+        )
+    cache = KVCache(model.config.text, len(prompts), capacity, weight.dtype, weight.device)
+    with torch.inference_mode():
+        image_features = None if pixel_values is None else model.encode_images(pixel_values.to(weight))
+        logits = prefill(model, cache, prompts, image_features)
+    yield from decode(model, cache, logits, eos_token_id, max_new_tokens, **sampling)
+
+
+def collect(steps: Iterator[Tensor], eos_token_id: int) -> list[list[int]]:
+    """Turn (B,) tokens step by step into one list of token ids per row, cut before EOS."""
+    rows = torch.stack(list(steps), dim=1).tolist()
+    return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
