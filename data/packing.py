@@ -8,7 +8,7 @@ step (that is cheap), deals all documents by length, and opens only its own pict
 Shapes: T tokens of one packed row, N images, S image size in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.conversation import IGNORE_INDEX, Rendered
+from data.conversation import Rendered
 from data.dataset import ConversationDataset
 
 
@@ -149,19 +149,11 @@ class StepDataset(Dataset[Step]):
         return int(self.order[1][place])
 
 
-def held_out_steps(steps: StepDataset, num_rows: int) -> list[Step]:
-    """Return the first `num_rows` rows as steps, for measuring: no shuffling, no augmentation, every row once."""
+def held_out_steps(steps: StepDataset, num_rows: int) -> Iterator[Step]:
+    """Yield the first `num_rows` rows as steps, for measuring: no shuffling, no augmentation, every row once."""
     num_rows = min(num_rows, len(steps.dataset))
-    size = min(max(steps.batch_size, steps.num_ranks), num_rows)
-    starts = list(range(0, num_rows, size))
+    starts = list(range(0, num_rows, max(steps.batch_size, steps.num_ranks)))
     if len(starts) > 1 and num_rows - starts[-1] < steps.num_ranks:
         starts.pop()  # a remainder too small to give every rank a document joins the step before it
-    ends = [*starts[1:], num_rows]
-    return [
-        steps.make_step([(row, None) for row in range(start, end)]) for start, end in zip(starts, ends, strict=True)
-    ]
-
-
-def count_supervised(batch: Batch) -> int:
-    """Return how many tokens of a batch carry a label."""
-    return int((batch.labels != IGNORE_INDEX).sum())
+    for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
+        yield steps.make_step([(row, None) for row in range(start, end)])

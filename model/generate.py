@@ -157,7 +157,7 @@ def generate_stream(
         )
     cache = KVCache(model.config.text, len(prompts), capacity, weight.dtype, weight.device)
     with torch.inference_mode():
-        image_features = None if pixel_values is None else model.encode_images(pixel_values.to(weight))
+        image_features = None if pixel_values is None else model.encode_images(pixel_values)
         logits = prefill(model, cache, prompts, image_features)
     yield from decode(model, cache, logits, eos_token_id, max_new_tokens, **sampling)
 

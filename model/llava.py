@@ -43,7 +43,7 @@ class Llava(nn.Module):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Shapes: (N, 3, S, S) -> (N, P, D). A frozen tower takes no part in the backward pass."""
-        return self.projector(self.vision_tower(pixel_values))
+        return self.projector(self.vision_tower(pixel_values.to(self.projector.linear_1.weight)))
 
 
 def merge_image_features(inputs_embeds: Tensor, is_placeholder: Tensor, image_features: Tensor) -> Tensor:

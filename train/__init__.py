@@ -1,0 +1,1 @@
+"""Training. Read `main.py` first, then `loop.py`; everything distributed is in `parallel.py` and `checkpoint.py`."""

@@ -1,0 +1,166 @@
+"""What one training stage is: a flat list of settings, read from TOML and `key=value`, strictly.
+
+A *run* of `train/main.py` is one or more stages, one after another, each starting from what the last one left.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.conversation import TEMPLATES
+from data.image import ASPECTS
+from model.config import CONFIGS
+
+CHOICES = {
+    "train": ("vision", "language", "projector", "full"),
+    "template": TEMPLATES,
+    "aspect": ASPECTS,
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str  # the stage's folder is runs/<name>
+    train: str  # vision: the ViT, CLIP's way; language: the LLaMA, on text; projector: it alone; full: LLaMA + projector
+    data: str  # conversation file, JSON or JSONL
+
+    # Start
+    model: str = ""  # a size to start at random ("tiny"), or a model folder; "" is what the stage before left
+    tokenizer: str = ""  # used with a size, "" is the tiny vocabulary; a model folder brings its own
+    seed: int = 0  # decides random weights, the order of the data, augmentation
+
+    # Data
+    held_out: str = ""  # conversation file to measure on; "" measures nothing
+    image_folder: str = ""  # what the files' image paths are relative to; "" is the data file's own folder
+    template: str = "vicuna_v1"  # vicuna_v1: questions and answers; plain: picture and caption (stage 1)
+    aspect: str = "pad"  # pad: the whole picture on a square ground; square: its middle (official stage 1)
+    branched: bool = False  # turns are independent questions: all see the picture, none sees another
+    augment_pixels: int = 0  # shift pictures by up to this many pixels, mirror half of them
+    max_tokens: int = 2048  # a document's limit; text beyond it is cut, placeholders never
+    num_workers: int = 0  # loader processes per rank; 0 prepares the data between steps
+
+    # Length
+    batch_size: int = 128  # documents per optimizer step, over all ranks
+    micro_batch_tokens: int = 8192  # most tokens of one forward pass; decides the number of accumulation steps
+    epochs: float = 1.0  # passes over the data
+    max_steps: int = 0  # stop here if that comes first; 0 is no limit
+    stop_at: float = 0.0  # end as soon as this held-out exact match is reached, fail if it never is; 0 is no gate
+
+    # Optimizer: AdamW, warm-up, cosine to zero
+    learning_rate: float = 2e-5
+    projector_learning_rate: float = 0.0  # 0 is learning_rate
+    vision_learning_rate: float = 0.0  # in "full": 0 keeps the tower frozen, as LLaVA does
+    warmup_ratio: float = 0.03  # share of the steps
+    weight_decay: float = 0.0  # on matrices
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0  # 0 is no clipping
+
+    # Machine
+    dtype: str = "bfloat16"  # of computing and of frozen weights; trained weights are always kept in float32
+    shard_size: int = 0  # ranks that share one copy of the weights (FSDP); 0 is all, 1 is a copy each
+    peak_tflops: float = 0.0  # one card's dense peak in `dtype`, for MFU; 0 leaves MFU out
+
+    # Records
+    eval_every: int = 0  # steps between measurements on held_out; 0 measures at the end only
+    eval_rows: int = 0  # rows of held_out to measure on; 0 is all
+    save_every: int = 0  # steps between checkpoints; 0 saves none on the way
+    keep_checkpoints: int = 2  # newest ones kept
+    keep: bool = False  # take the result of an identical earlier run instead of training again
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def load_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> list[TrainConfig]:
+    """Read one stage per file; every `key=value` applies to all of them.
+
+    Raises: FileNotFoundError, or ValueError for a key, type or combination that makes no sense.
+    """
+    changes = dict(_parse_override(override) for override in overrides)
+    configs = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"configuration {file} is missing")
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not TOML: {error}") from error
+        configs.append(make_config(values | changes, str(file)))
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the stages {', '.join(names)} need different names: each writes runs/<name>")
+    return configs
+
+
+def make_config(values: dict[str, Any], source: str) -> TrainConfig:
+    """Check keys, types and combinations. `source` says in messages where the values came from."""
+    for key, value in values.items():
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key, FIELDS, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else f"; known are {', '.join(FIELDS)}"
+            raise ValueError(f"{source}: unknown key '{key}'{hint}")
+        kind = FIELDS[key].type
+        if kind is float and type(value) is int:
+            values = values | {key: float(value)}
+        elif type(value) is not kind:
+            raise ValueError(f"{source}: {key} = {value!r} is a {type(value).__name__}, expected {kind.__name__}")
+    missing = [key for key in ("name", "train", "data") if not values.get(key)]
+    if missing:
+        raise ValueError(f"{source}: {', '.join(missing)} must be given")
+    config = TrainConfig(**values)
+    if problem := _find_problem(config):
+        raise ValueError(f"{source}: {problem}")
+    return config
+
+
+def _find_problem(config: TrainConfig) -> str | None:
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            return f"{key} = {getattr(config, key)!r}, expected one of {', '.join(choices)}"
+    for key, field in FIELDS.items():
+        value = getattr(config, key)
+        if field.type in (int, float) and (value < 0 or value != value or value == float("inf")):
+            return f"{key} = {value}, expected a finite number of at least 0"
+    for key in ("batch_size", "micro_batch_tokens", "max_tokens", "keep_checkpoints", "epochs", "learning_rate"):
+        if getattr(config, key) == 0:
+            return f"{key} = 0, expected more"
+    if config.warmup_ratio >= 1 or not 0 < config.beta2 < 1 or config.stop_at > 1:
+        return "warmup_ratio and beta2 lie below 1, stop_at at most at 1"
+    if config.name.startswith(("/", ".")) or ".." in config.name or "\\" in config.name:
+        return f"name = {config.name!r}, expected a folder name inside runs/"
+    if config.max_tokens > config.micro_batch_tokens:
+        return (
+            f"max_tokens = {config.max_tokens} exceeds micro_batch_tokens = {config.micro_batch_tokens}: "
+            "a document must fit a micro-batch"
+        )
+    if (config.stop_at or config.eval_every) and not config.held_out:
+        return "stop_at and eval_every measure on held_out, which is not given"
+    if config.stop_at and not config.eval_every:
+        return "stop_at needs eval_every: the gate is measured on the way"
+    if config.vision_learning_rate and config.train != "full":
+        return f"vision_learning_rate goes with train = 'full', not {config.train!r}"
+    if config.projector_learning_rate and config.train != "full":
+        return f"projector_learning_rate goes with train = 'full', not {config.train!r}: use learning_rate"
+    return None
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"argument {text!r} is neither a .toml file nor key=value")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value  # a bare word is a string: train=projector
+
+
+def format_config(config: TrainConfig) -> str:
+    """Return the resolved configuration as TOML that `load_configs` reads again."""
+    # JSON's strings, numbers and booleans are TOML's too.
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in dataclasses.asdict(config).items())

@@ -1,0 +1,139 @@
+"""What a stage minimises. An objective is the root module that is sharded: batch in, sum of losses out.
+
+Both objectives also answer the batch, so that one exact-match score serves all stages.
+Shapes: T tokens of a packed row, A supervised tokens, N images, C captions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.conversation import IGNORE_INDEX
+from data.packing import Batch
+from model.attention import PackedAttention
+from model.llava import Llava
+from model.vision import VisionTower
+
+# Logits are the largest tensors of a step (V floats a token); this many tokens of them exist at a time.
+LOGITS_CHUNK_TOKENS = 4096
+MAX_CAPTIONS = 4096
+
+
+class NextToken(nn.Module):
+    """Predict every supervised token from those before it: LLaVA's loss in all its stages."""
+
+    def __init__(self, llava: Llava, reads_images: bool) -> None:
+        super().__init__()
+        self.llava = llava
+        self.reads_images = reads_images
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses, and the likeliest token at each supervised position (A,).
+
+        Only supervised positions meet `lm_head`: the others' logits, most of them, are never made.
+        """
+        attend = PackedAttention(batch.cu_seqlens, batch.branch_ids)
+        features = self._encode(batch) if self.reads_images else None
+        hidden_states = self.llava(batch.input_ids[None], batch.position_ids[None], attend, features)[0]  # (T, D)
+        supervised = (batch.labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        targets = batch.labels[1:][supervised]
+        hidden_states = hidden_states[supervised]  # (A, D): the position before a token predicts it
+        loss_sum = hidden_states.new_zeros((), dtype=torch.float32)
+        predicted = [targets[:0]]
+        for start in range(0, len(targets), LOGITS_CHUNK_TOKENS):
+            part = slice(start, start + LOGITS_CHUNK_TOKENS)
+            loss, answer = self._chunk_loss(hidden_states[part], targets[part], recompute=start > 0)
+            loss_sum = loss_sum + loss
+            predicted.append(answer)
+        return loss_sum, torch.cat(predicted)
+
+    def _encode(self, batch: Batch) -> Tensor:
+        if batch.pixel_values is not None:
+            return self.llava.encode_images(batch.pixel_values)
+        # Another rank may have pictures: every rank must run tower and projector, or their collectives never meet.
+        # A blank picture of which no patch is used gives zero gradients.
+        size = self.llava.config.vision.image_size
+        return self.llava.encode_images(torch.zeros(1, 3, size, size, device=batch.input_ids.device))[:0]
+
+    def _chunk_loss(self, hidden_states: Tensor, targets: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(self._head_loss, hidden_states, targets, use_reentrant=False)
+        return self._head_loss(hidden_states, targets)
+
+    def _head_loss(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.llava.language_model.lm_head(hidden_states).float()  # (A, D) -> (A, V)
+        return F.cross_entropy(logits, targets, reduction="sum"), logits.detach().argmax(dim=-1)
+
+
+class CaptionMatching(nn.Module):
+    """Find a picture's caption among all captions: CLIP's training for the vision tower.
+
+    Source: Radford et al. 2021. Two simplifications suit captions that are few and short: the text tower is a sum of
+    word vectors, and a picture is compared with every distinct caption of the file, not with those of the batch.
+    That makes the loss a plain sum over pictures, the same for any number of ranks.
+    """
+
+    def __init__(self, vision_tower: VisionTower, captions: Sequence[tuple[int, ...]], vocab_size: int) -> None:
+        """Args:
+        captions: the distinct captions' token ids.
+        Raises: ValueError when they are too many to compare with all.
+        """
+        super().__init__()
+        if len(captions) > MAX_CAPTIONS:
+            raise ValueError(f"{len(captions)} distinct captions, train = 'vision' takes at most {MAX_CAPTIONS}")
+        size = vision_tower.config.hidden_size
+        self.vision_tower = vision_tower
+        self.visual_projection = nn.Linear(size, size, bias=False)
+        self.word_embedding = nn.Embedding(vocab_size, size)
+        self.logit_scale = nn.Parameter(torch.tensor([10.0]))
+        self.captions = list(captions)
+        self.index_of = {caption: index for index, caption in enumerate(self.captions)}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses, and the chosen captions' tokens at the supervised positions (A,)."""
+        device = batch.labels.device
+        answers = [tuple(part[part != IGNORE_INDEX].tolist()) for part in self._split(batch)]
+        unknown = [row for row, answer in zip(batch.rows, answers, strict=True) if answer not in self.index_of]
+        if unknown or batch.pixel_values is None or len(batch.pixel_values) != len(answers):
+            raise ValueError(
+                f"rows {unknown or batch.rows}: train = 'vision' takes one picture and one caption a row, and held-out "
+                "captions that occur in the training file"
+            )
+        targets = torch.tensor([self.index_of[answer] for answer in answers], device=device)
+        weight = self.visual_projection.weight
+        pictures = F.normalize(self.visual_projection(self.vision_tower.pool(batch.pixel_values.to(weight))), dim=-1)
+        words = [torch.tensor(caption, device=device) for caption in self.captions]
+        texts = F.normalize(torch.stack([self.word_embedding(ids).sum(dim=0) for ids in words]), dim=-1)
+        logits = (self.logit_scale * pictures @ texts.T).float()  # (N, D), (C, D) -> (N, C)
+        chosen = [self.captions[index] for index in logits.argmax(dim=-1).tolist()]
+        # Cut or filled to the true caption's length, so that token by token comparison tells the two apart.
+        fitted = [(*choice, *[-1] * len(answer))[: len(answer)] for choice, answer in zip(chosen, answers, strict=True)]
+        predicted = torch.tensor([token for choice in fitted for token in choice], device=device)
+        return F.cross_entropy(logits, targets, reduction="sum"), predicted
+
+    @staticmethod
+    def _split(batch: Batch) -> list[Tensor]:
+        lengths = [end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
+        return list(batch.labels.split(lengths))
+
+
+def split_answers(labels: Tensor, predicted: Tensor) -> list[tuple[list[int], list[int]]]:
+    """Return (true, predicted) tokens of every answer: an unbroken stretch of supervised tokens.
+
+    When each token is the likeliest after the true ones before it, greedy decoding gives the true answer; when one is
+    not, it does not. So comparing the two is exact match without generating.
+    Shapes: labels (T,), predicted (A,).
+    """
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1).tolist()
+    answers: list[tuple[list[int], list[int]]] = []
+    previous = -2
+    for position, true, guess in zip(positions, labels[positions].tolist(), predicted.tolist(), strict=True):
+        if position != previous + 1:
+            answers.append(([], []))
+        answers[-1][0].append(true)
+        answers[-1][1].append(guess)
+        previous = position
+    return answers
