@@ -139,16 +139,15 @@ def _segments_vicuna(turns: Sequence[Turn], tokenizer: Tokenizer, branched: bool
         elif not branched:
             user = "USER: " if question.has_image else "USER:"
             segments.append(_Segment(tokenizer.encode(user, continues=True)))
-        if question.has_image:
-            # The official code tokenises what follows an image by itself, so the newline gets a leading space.
-            if number == 0 or not branched:
-                segments.append(_Segment(None))
+        if question.has_image and (number == 0 or not branched):
+            segments.append(_Segment(None))
         text = question.text
         if question.has_image or (branched and turns[0].has_image):
+            # The official code tokenises what follows an image by itself, so the newline gets a leading space.
             text = "\n" + text
         segments.append(_Segment(tokenizer.encode(f"{text} ASSISTANT:"), branch=branch))
         if number + 1 < len(turns):
-            answer = tokenizer.encode(turns[number + 1].text) + [tokenizer.eos_token_id]
+            answer = [*tokenizer.encode(turns[number + 1].text), tokenizer.eos_token_id]
             segments.append(_Segment(answer, supervised=True, branch=branch))
     return segments
 

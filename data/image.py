@@ -59,9 +59,9 @@ def preprocess_image(image: Image.Image, image_size: int, aspect: str = "pad") -
     left, top = (width - image_size) // 2, (height - image_size) // 2
     image = image.crop((left, top, left + image_size, top + image_size))
     # Rescaled in double precision and normalised in single, as CLIPImageProcessor does, to the last bit.
-    pixels = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    pixels = (pixels - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    normalised = (scaled - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ Shapes: T tokens of one packed row, N images, S image size in pixels.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,11 +34,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            branch_ids=None if self.branch_ids is None else self.branch_ids.to(device, non_blocking=True),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[l
     Raises: ValueError when there are fewer documents than ranks, or no dealing keeps to `max_tokens`.
     """
     if len(lengths) < num_ranks:
-        raise ValueError(f"{len(lengths)} samples cannot be shared by {num_ranks} ranks: raise batch_size or use fewer")
+        raise ValueError(f"{len(lengths)} samples cannot be shared by {num_ranks} ranks: raise batch_size")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     num_micro_batches = max(1, -(-sum(lengths) // (num_ranks * max_tokens)))
     while num_micro_batches * num_ranks <= len(lengths):
@@ -91,8 +94,8 @@ def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[l
             return [[sorted(micro_batch) for micro_batch in share] for share in shares]
         num_micro_batches += 1
     raise ValueError(
-        f"{len(lengths)} documents of up to {max(lengths)} tokens cannot be dealt to {num_ranks} ranks in micro-batches "
-        f"of at most {max_tokens} tokens: raise micro_batch_tokens"
+        f"{len(lengths)} documents of up to {max(lengths)} tokens cannot be dealt to {num_ranks} ranks in "
+        f"micro-batches of at most {max_tokens} tokens: raise micro_batch_tokens"
     )
 
 

@@ -7,6 +7,7 @@
 Shapes: B rows, T tokens, H heads, K key/value heads (H a multiple of K), d head size.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -41,7 +42,7 @@ class PackedAttention:
         cu_seqlens: borders of the documents, 0 first and T last.
         branch_ids: (T,) branch of every token, or None where no document branches.
         """
-        self.lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        self.lengths = [end - start for start, end in pairwise(cu_seqlens)]
         if branch_ids is None:
             self.masks: list[Tensor | None] = [None] * len(self.lengths)
         else:

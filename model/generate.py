@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, L layers, K key/value heads, d head size, V vocabulary
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from torch import Tensor
 
 from model.llama import LlamaConfig
 from model.llava import Llava
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0  # 0 takes the likeliest; above, probabilities are those of logits / temperature
+    top_p: float = 1.0  # sample from the most probable tokens that hold this much of the probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(f"{self}: temperature is at least 0, top_p above 0 and at most 1")
+
+
+GREEDY = Sampling()
 
 
 class KVCache:
@@ -88,20 +105,17 @@ def decode(
     logits: Tensor,
     eos_token_id: int,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row (B,) until all rows have ended; a row that has ended yields EOS.
 
     Args:
         logits: what `prefill` returned, (B, V).
-        temperature: 0 takes the likeliest token; above 0 samples from the `top_p` most probable mass.
     """
-    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for step in range(max_new_tokens):
-        tokens = sample(logits, temperature, top_p, generator).masked_fill(ended, eos_token_id)
+        tokens = sample(logits, sampling, generator).masked_fill(ended, eos_token_id)
         yield tokens
         ended |= tokens == eos_token_id
         if ended.all() or step + 1 == max_new_tokens:
@@ -110,14 +124,14 @@ def decode(
         logits = model.language_model.lm_head(model(tokens[:, None], position_ids, cache)[:, -1])
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Choose one token per row. (B, V) -> (B,)."""
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
     # A token stays while the mass before it is below top_p; the likeliest always stays.
-    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
     outside[:, 0] = False
     choice = ordered.masked_fill(outside, 0).multinomial(1, generator=generator)
     return order.gather(-1, choice).squeeze(-1)
@@ -129,13 +143,14 @@ def generate(
     pixel_values: Tensor | None,
     eos_token_id: int,
     max_new_tokens: int,
-    **sampling: float,
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """Answer a batch of prompts of any lengths; return each answer's token ids without EOS.
 
     Shapes: prompts B x (T_i,), pixel_values (N, 3, S, S) in reading order.
     """
-    return collect(generate_stream(model, prompts, pixel_values, eos_token_id, max_new_tokens, **sampling), eos_token_id)
+    steps = generate_stream(model, prompts, pixel_values, eos_token_id, max_new_tokens, sampling)
+    return collect(steps, eos_token_id)
 
 
 def generate_stream(
@@ -144,7 +159,7 @@ def generate_stream(
     pixel_values: Tensor | None,
     eos_token_id: int,
     max_new_tokens: int,
-    **sampling: float,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Tensor]:
     """Like `generate`, but yield (B,) tokens as they come."""
     weight = model.language_model.lm_head.weight
@@ -159,7 +174,7 @@ def generate_stream(
     with torch.inference_mode():
         image_features = None if pixel_values is None else model.encode_images(pixel_values)
         logits = prefill(model, cache, prompts, image_features)
-    yield from decode(model, cache, logits, eos_token_id, max_new_tokens, **sampling)
+    yield from decode(model, cache, logits, eos_token_id, max_new_tokens, sampling)
 
 
 def collect(steps: Iterator[Tensor], eos_token_id: int) -> list[list[int]]:

@@ -92,9 +92,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_shapes(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path
-) -> None:
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"unknown {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
     problems += [

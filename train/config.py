@@ -6,7 +6,10 @@ A *run* of `train/main.py` is one or more stages, one after another, each starti
 import dataclasses
 import difflib
 import json
+import math
+import re
 import tomllib
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import Any
 
 from data.conversation import TEMPLATES
 from data.image import ASPECTS
-from model.config import CONFIGS
 
 CHOICES = {
     "train": ("vision", "language", "projector", "full"),
@@ -27,7 +29,7 @@ CHOICES = {
 @dataclass(frozen=True)
 class TrainConfig:
     name: str  # the stage's folder is runs/<name>
-    train: str  # vision: the ViT, CLIP's way; language: the LLaMA, on text; projector: it alone; full: LLaMA + projector
+    train: str  # vision: the ViT, as CLIP; language: the LLaMA, on text; projector: it alone; full: LLaMA and projector
     data: str  # conversation file, JSON or JSONL
 
     # Start
@@ -74,7 +76,8 @@ class TrainConfig:
     keep: bool = False  # take the result of an identical earlier run instead of training again
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+TYPES: dict[str, type] = typing.get_type_hints(TrainConfig)
 
 
 def load_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> list[TrainConfig]:
@@ -101,15 +104,15 @@ def load_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> list[T
 def make_config(values: dict[str, Any], source: str) -> TrainConfig:
     """Check keys, types and combinations. `source` says in messages where the values came from."""
     for key, value in values.items():
-        if key not in FIELDS:
-            close = difflib.get_close_matches(key, FIELDS, n=1)
-            hint = f", did you mean '{close[0]}'?" if close else f"; known are {', '.join(FIELDS)}"
+        if key not in TYPES:
+            close = difflib.get_close_matches(key, TYPES, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else f"; known are {', '.join(TYPES)}"
             raise ValueError(f"{source}: unknown key '{key}'{hint}")
-        kind = FIELDS[key].type
+        kind = TYPES[key]
         if kind is float and type(value) is int:
             values = values | {key: float(value)}
         elif type(value) is not kind:
-            raise ValueError(f"{source}: {key} = {value!r} is a {type(value).__name__}, expected {kind.__name__}")
+            raise ValueError(f"{source}: {key} = {value!r} is a {type(value).__name__}, expected {NAMES[kind]}")
     missing = [key for key in ("name", "train", "data") if not values.get(key)]
     if missing:
         raise ValueError(f"{source}: {', '.join(missing)} must be given")
@@ -120,34 +123,41 @@ def make_config(values: dict[str, Any], source: str) -> TrainConfig:
 
 
 def _find_problem(config: TrainConfig) -> str | None:
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            return f"{key} = {getattr(config, key)!r}, expected one of {', '.join(choices)}"
-    for key, field in FIELDS.items():
-        value = getattr(config, key)
-        if field.type in (int, float) and (value < 0 or value != value or value == float("inf")):
-            return f"{key} = {value}, expected a finite number of at least 0"
-    for key in ("batch_size", "micro_batch_tokens", "max_tokens", "keep_checkpoints", "epochs", "learning_rate"):
-        if getattr(config, key) == 0:
-            return f"{key} = 0, expected more"
-    if config.warmup_ratio >= 1 or not 0 < config.beta2 < 1 or config.stop_at > 1:
-        return "warmup_ratio and beta2 lie below 1, stop_at at most at 1"
-    if config.name.startswith(("/", ".")) or ".." in config.name or "\\" in config.name:
-        return f"name = {config.name!r}, expected a folder name inside runs/"
-    if config.max_tokens > config.micro_batch_tokens:
-        return (
+    """Return what is wrong with the values, each alone and together."""
+    values = dataclasses.asdict(config)
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+    positive = ("batch_size", "micro_batch_tokens", "max_tokens", "keep_checkpoints", "epochs", "learning_rate")
+    rules = [
+        *(
+            (values[key] in choices, f"{key} = {values[key]!r}, expected one of {', '.join(choices)}")
+            for key, choices in CHOICES.items()
+        ),
+        *((0 <= n < math.inf, f"{key} = {n}, expected a finite number of at least 0") for key, n in numbers.items()),
+        *((numbers[key] > 0, f"{key} = 0, expected more") for key in positive),
+        (config.warmup_ratio < 1, f"warmup_ratio = {config.warmup_ratio} is a share of the steps, expected below 1"),
+        (config.beta2 < 1, f"beta2 = {config.beta2}, expected below 1"),
+        (config.stop_at <= 1, f"stop_at = {config.stop_at} is a share of the answers, expected at most 1"),
+        (
+            re.fullmatch(r"\w[\w.-]*", config.name) is not None,
+            f"name = {config.name!r} is a folder inside runs/, expected letters, digits, '_', '.' and '-'",
+        ),
+        (
+            config.max_tokens <= config.micro_batch_tokens,
             f"max_tokens = {config.max_tokens} exceeds micro_batch_tokens = {config.micro_batch_tokens}: "
-            "a document must fit a micro-batch"
-        )
-    if (config.stop_at or config.eval_every) and not config.held_out:
-        return "stop_at and eval_every measure on held_out, which is not given"
-    if config.stop_at and not config.eval_every:
-        return "stop_at needs eval_every: the gate is measured on the way"
-    if config.vision_learning_rate and config.train != "full":
-        return f"vision_learning_rate goes with train = 'full', not {config.train!r}"
-    if config.projector_learning_rate and config.train != "full":
-        return f"projector_learning_rate goes with train = 'full', not {config.train!r}: use learning_rate"
-    return None
+            "a document must fit a micro-batch",
+        ),
+        (
+            bool(config.held_out) or not (config.stop_at or config.eval_every),
+            "stop_at and eval_every measure on held_out, which is not given",
+        ),
+        (not config.stop_at or config.eval_every > 0, "stop_at needs eval_every: the gate is measured on the way"),
+        (
+            config.train == "full" or not (config.vision_learning_rate or config.projector_learning_rate),
+            f"vision_learning_rate and projector_learning_rate go with train = 'full', not {config.train!r}: "
+            "use learning_rate",
+        ),
+    ]
+    return next((problem for is_kept, problem in rules if not is_kept), None)
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -123,7 +123,8 @@ def train(
             "another learning_rate or seed"
         )
     if ranks.is_first and unlearnable:
-        print(f"{title}: {len(unlearnable)} rows had no supervised token and taught nothing: {sorted(unlearnable)[:10]}")
+        rows = sorted(unlearnable)
+        print(f"{title}: {len(rows)} rows had no supervised token and taught nothing, the first {rows[:10]}")
     return is_done
 
 

@@ -5,6 +5,7 @@ Shapes: T tokens of a packed row, A supervised tokens, N images, C captions, D h
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -116,8 +117,7 @@ class CaptionMatching(nn.Module):
 
     @staticmethod
     def _split(batch: Batch) -> list[Tensor]:
-        lengths = [end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
-        return list(batch.labels.split(lengths))
+        return list(batch.labels.split([end - start for start, end in pairwise(batch.cu_seqlens)]))
 
 
 def split_answers(labels: Tensor, predicted: Tensor) -> list[tuple[list[int], list[int]]]:

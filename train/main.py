@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from data.conversation import IGNORE_INDEX  # noqa: E402
 from data.dataset import ConversationDataset, RenderOptions  # noqa: E402
 from data.packing import StepDataset  # noqa: E402
 from data.prepare import easy_vqa  # noqa: E402
@@ -116,7 +117,8 @@ def choose_action(folder: Path, config: TrainConfig, may_reuse: bool, may_keep: 
         return "anew"
     if not is_same:
         raise ValueError(
-            f"{folder} holds an unfinished run with other settings ({saved}): use another name=..., or remove the folder"
+            f"{folder} holds an unfinished run with other settings (config.toml there): use another name=..., "
+            "or remove the folder"
         )
     return "resume" if may_reuse else "anew"
 
@@ -146,10 +148,9 @@ def run_stage(
             parameter.data = parameter.data.to(dtype)
     objective: nn.Module
     if config.train == "vision":
-        captions = {tuple(label for label in steps.dataset.render(row).labels if label >= 0) for row in range(len(steps.dataset))}
-        objective = CaptionMatching(llava.vision_tower, sorted(captions), tokenizer.vocab_size)
-        initialize_weights(objective.visual_projection, llava.config.vision.hidden_size**-0.5, config.seed)
-        initialize_weights(objective.word_embedding, llava.config.vision.hidden_size**-0.5, config.seed)
+        objective = CaptionMatching(llava.vision_tower, list_captions(steps.dataset), tokenizer.vocab_size)
+        for part in (objective.visual_projection, objective.word_embedding):
+            initialize_weights(part, llava.config.vision.hidden_size**-0.5, config.seed)
     else:
         objective = NextToken(llava, reads_images=config.train != "language")
     objective.to(ranks.device)
@@ -246,11 +247,15 @@ def open_data(
             if config.train == "language" and any(dataset.images):
                 raise ValueError(f"{file} has pictures, train = 'language' takes text only")
             opened.append(
-                StepDataset(
-                    dataset, config.batch_size, config.micro_batch_tokens, config.seed, ranks.rank, ranks.size
-                )
+                StepDataset(dataset, config.batch_size, config.micro_batch_tokens, config.seed, ranks.rank, ranks.size)
             )
     return opened[0], opened[1] if config.held_out else None
+
+
+def list_captions(dataset: ConversationDataset) -> list[tuple[int, ...]]:
+    """Return the distinct answers of a file as token ids, in an order that depends on nothing else."""
+    labels = (dataset.render(row).labels for row in range(len(dataset)))
+    return sorted({tuple(label for label in row if label != IGNORE_INDEX) for row in labels})
 
 
 def freeze(llava: Llava, config: TrainConfig) -> None:

@@ -113,7 +113,7 @@ def _load_questions(file: Path) -> dict[int, list[tuple[str, str]]]:
 def _text_rows(wordings: list[str], num_rows: int, random_order: random.Random) -> Iterable[dict]:
     """Questions about bags of words. A quarter of the rows only turn a bag into its caption, in the plain template."""
     for number in range(num_rows):
-        turns = []
+        turns: list[tuple[str, str]] = []
         plain = number % 4 == 0
         while len(turns) < (1 if plain else TURNS_PER_TEXT):
             colour, shape = random_order.choice(COLOURS), random_order.choice(SHAPES)

@@ -1,0 +1,1 @@
+"""Scores. Read `main.py` first; each benchmark is one small file."""

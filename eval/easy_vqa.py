@@ -1,0 +1,58 @@
+"""easy-VQA's test set: 9,673 questions about 1,000 pictures, exact match by question type.
+
+Two bars tell what a score means: always the commonest answer, and for each question its commonest answer in the
+training file, which is the best one can do without looking at the picture.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.dataset import load_rows
+
+MAX_NEW_TOKENS = 12
+TYPES = ("shape", "color", "yes/no")
+
+
+def load_questions(folder: Path) -> list[dict]:
+    """Return the test questions, those about one picture next to each other.
+
+    Raises: FileNotFoundError or ValueError when `folder` is not what `python -m data.prepare easy_vqa` writes.
+    """
+    questions = load_rows(folder / "test.jsonl")
+    wanted = {"question_id", "image", "question", "answer", "type"}
+    for number, row in enumerate(questions):
+        if not isinstance(row, dict) or wanted - row.keys():
+            raise ValueError(f"{folder / 'test.jsonl'}, row {number}: expected the keys {', '.join(sorted(wanted))}")
+    return questions
+
+
+def score(questions: Sequence[dict], predictions: Sequence[str]) -> dict:
+    """Return exact match, overall and by type; case does not count."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, prediction in zip(questions, predictions, strict=True):
+        right[question["type"]].append(prediction.lower() == question["answer"].lower())
+    everything = [value for values in right.values() for value in values]
+    return {
+        "task": "easy_vqa",
+        "n": len(everything),
+        "score": sum(everything) / len(everything),
+        "by_type": {kind: {"n": len(right[kind]), "score": sum(right[kind]) / len(right[kind])} for kind in right},
+    }
+
+
+def baselines(questions: Sequence[dict], folder: Path) -> dict[str, list[str]]:
+    """Return the predictions of the two bars, learned from the training file."""
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for split in ("train", "held_out"):
+        for row in load_rows(folder / f"vqa_{split}.json"):
+            turns = row["conversations"]
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                by_question[question["value"].removeprefix("<image>\n")][answer["value"]] += 1
+    overall = sum(by_question.values(), Counter())
+    commonest = overall.most_common(1)[0][0]
+    blind = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
+    return {
+        "always the commonest answer": [commonest] * len(questions),
+        "best without looking at the picture": [blind.get(row["question"], commonest) for row in questions],
+    }

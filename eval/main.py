@@ -1,0 +1,84 @@
+"""Score model folders: `python eval/main.py --task easy_vqa --model-path runs/tiny/final`.
+
+Predictions and scores go to `<run>/eval/<task>/`, beside the model folder. Several model folders are scored one
+after another and shown side by side.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data.tokenizer import Tokenizer  # noqa: E402
+from eval import easy_vqa  # noqa: E402
+from eval.predict import answer_questions  # noqa: E402
+from model.weights import TOKENIZER_FILE, load_llava, replace_folder  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["easy_vqa"], required=True)
+    parser.add_argument("--model-path", type=Path, nargs="+", required=True, help="model folders, e.g. runs/tiny/final")
+    parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="folder of the prepared data set")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    try:
+        questions = easy_vqa.load_questions(arguments.data)
+        columns = {
+            name: easy_vqa.score(questions, predictions)
+            for name, predictions in easy_vqa.baselines(questions, arguments.data).items()
+        }
+        for folder in arguments.model_path:
+            columns[str(folder)] = evaluate(folder, questions, arguments.data, arguments.device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print_table(columns)
+
+
+def evaluate(folder: Path, questions: list[dict], data: Path, device: str) -> dict:
+    """Answer every question with one model; write predictions and scores; return the scores."""
+    model = load_llava(folder, device=device)
+    tokenizer = Tokenizer(folder / TOKENIZER_FILE)
+    by_image: dict[str, list[dict]] = {}
+    for row in questions:
+        by_image.setdefault(row["image"], []).append(row)
+    groups = [(data / "images" / image, [row["question"] for row in rows]) for image, rows in by_image.items()]
+    started = time.perf_counter()
+    answers = answer_questions(model, tokenizer, groups, easy_vqa.MAX_NEW_TOKENS)
+    bar = tqdm(answers, total=len(groups), desc=str(folder), unit="picture")
+    predictions = [answer for answers_to_image in bar for answer in answers_to_image]
+    ordered = [row for rows in by_image.values() for row in rows]
+    scores = easy_vqa.score(ordered, predictions)
+    scores |= {"model": str(folder), "seconds": round(time.perf_counter() - started, 2)}
+    with replace_folder(folder.resolve().parent / "eval" / "easy_vqa") as out:
+        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for row, prediction in zip(ordered, predictions, strict=True):
+                file.write(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
+        (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return scores
+
+
+def print_table(columns: dict[str, dict]) -> None:
+    """Print a row per model or bar, a column per question type."""
+    width = max(len(name) for name in columns)
+    print(f"\n{'exact match, %':{width}s}" + "".join(f"{kind:>9s}" for kind in ("all", *easy_vqa.TYPES)))
+    for name, scores in columns.items():
+        values = [scores["score"], *(scores["by_type"][kind]["score"] for kind in easy_vqa.TYPES)]
+        print(f"{name:{width}s}" + "".join(f"{100 * value:9.1f}" for value in values))
+    print(f"{'questions':{width}s}" + "".join(f"{n:9d}" for n in count_questions(next(iter(columns.values())))))
+
+
+def count_questions(scores: dict) -> list[int]:
+    """Return the number of questions, all and by type."""
+    return [scores["n"], *(scores["by_type"][kind]["n"] for kind in easy_vqa.TYPES)]
+
+
+if __name__ == "__main__":
+    main()
