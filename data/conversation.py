@@ -61,15 +61,7 @@ def parse_turns(row: object) -> list[Turn]:
     """
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise ValueError("expected an object with a list 'conversations'")
-    turns = []
-    for number, turn in enumerate(row["conversations"]):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {number} is not an object with a text 'value'")
-        if turn.get("from") not in ("human", "gpt"):
-            raise ValueError(f"turn {number} is from {turn.get('from')!r}, expected 'human' or 'gpt'")
-        has_image = IMAGE_MARKER in turn["value"]
-        text = turn["value"].replace(IMAGE_MARKER, "").strip() if has_image else turn["value"]
-        turns.append(Turn(turn["from"], text, has_image))
+    turns = [_parse_turn(number, turn) for number, turn in enumerate(row["conversations"])]
     if turns and turns[0].role == "gpt":
         turns = turns[1:]
     if len(turns) < 2:
@@ -91,6 +83,20 @@ def parse_turns(row: object) -> list[Turn]:
     return turns
 
 
+def _parse_turn(number: int, turn: object) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise ValueError(f"turn {number} is not an object with a text 'value'")
+    if turn.get("from") not in ("human", "gpt"):
+        raise ValueError(f"turn {number} is from {turn.get('from')!r}, expected 'human' or 'gpt'")
+    try:
+        turn["value"].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"turn {number} holds half a character: {error}") from error
+    has_image = IMAGE_MARKER in turn["value"]
+    text = turn["value"].replace(IMAGE_MARKER, "").strip() if has_image else turn["value"]
+    return Turn(turn["from"], text, has_image)
+
+
 def render_conversation(
     turns: Sequence[Turn],
     tokenizer: Tokenizer,
@@ -108,7 +114,9 @@ def render_conversation(
         max_tokens: cut text from the end to this length; placeholders always stay.
 
     Note: official LLaVA masks a whole sample when its two tokenisations disagree; here there is only one.
+    Raises: ValueError for an unknown template.
     """
+    assert not (branched and any(turn.has_image for turn in turns[1:])), "branches share the first turn's picture"
     if template == "plain":
         segments = _segments_plain(turns, tokenizer)
     elif template == "vicuna_v1":

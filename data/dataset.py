@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.conversation import TEMPLATES, Rendered, Turn, parse_turns, render_conversation
+from data.conversation import IMAGE_MARKER, TEMPLATES, Rendered, Turn, parse_turns, render_conversation
 from data.image import open_image, preprocess_image
 from data.tokenizer import Tokenizer
 
@@ -41,9 +41,12 @@ class ConversationDataset:
         self.templates: list[str] = []
         for number, row in enumerate(load_rows(file)):
             try:
-                self.turns.append(parse_turns(row))
+                turns = parse_turns(row)
+                if options.branched and any(turn.has_image for turn in turns[1:]):
+                    raise ValueError(f"branched turns share one picture, but {IMAGE_MARKER} stands in a later turn")
             except ValueError as error:
                 raise ValueError(f"{file}, row {number}: {error}") from error
+            self.turns.append(turns)
             # A row may name its own template, as rows of a text corpus do; official files never do.
             self.templates.append(row.get("template", options.template))
             if self.templates[-1] not in TEMPLATES:
@@ -78,9 +81,9 @@ class ConversationDataset:
             return None
         try:
             picture = open_image(self.image_folder / image)
-        except ValueError as error:
+            pixels = preprocess_image(picture, self.options.image_size, self.options.aspect)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{self.file}, row {index}: {error}") from error
-        pixels = preprocess_image(picture, self.options.image_size, self.options.aspect)
         if seed is not None and self.options.augment_pixels:
             pixels = _shift_and_mirror(pixels, self.options.augment_pixels, np.random.default_rng(seed))
         return pixels
@@ -94,7 +97,7 @@ def load_rows(file: Path) -> list[dict]:
     if not file.is_file():
         raise FileNotFoundError(f"data file {file} is missing")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     if file.suffix == ".jsonl":

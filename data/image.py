@@ -16,30 +16,45 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(channel * 255) for channel in MEAN)
 ASPECTS = ("pad", "square")
-MAX_PIXELS = 64_000_000  # larger than any camera's picture; a small file can claim to be far larger than memory
+# A small file can claim to be far larger than memory: as it is, padded to a square, or its short side stretched to S.
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 16_384  # pixels
+MAX_ASPECT = 300  # long side to short side
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
     """Read a picture as RGB, upright.
 
-    Raises: FileNotFoundError, or ValueError for what is no readable picture or has more than MAX_PIXELS pixels.
+    Raises: FileNotFoundError, or ValueError for what is no readable picture or is larger than the limits above.
     """
     name = file if isinstance(file, Path) else "the picture"
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError(f"image {name} is missing")
     try:
         with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{name} has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+            check_size(image.width, image.height)
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 # Converting straight to RGB would show colours that transparency hides.
                 upright = upright.convert("RGBA")
                 ground = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(ground, upright)
+            if upright.mode.startswith("I;16"):
+                # Converting straight to RGB would cut 16 bits off at 255, which turns almost everything white.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a readable picture: {error}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises: ValueError for a picture whose processing would need gigabytes."""
+    long, short = max(width, height), max(1, min(width, height))
+    if width * height > MAX_PIXELS or long > MAX_SIDE or long > MAX_ASPECT * short:
+        raise ValueError(
+            f"{width} x {height} pixels, the limits are {MAX_PIXELS} pixels, {MAX_SIDE} a side and a long side of "
+            f"{MAX_ASPECT} times the short one: make it smaller"
+        )
 
 
 def preprocess_image(image: Image.Image, image_size: int, aspect: str = "pad") -> Tensor:

@@ -75,8 +75,8 @@ def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[l
     """Deal documents to ranks and micro-batches, longest first to the lightest share.
 
     Returns: `shares[rank][micro_batch]`, lists of indices into `lengths`. All ranks have equally many micro-batches,
-        as few as keep each within `max_tokens`, and none is empty (an idle rank would leave the others waiting).
-    Raises: ValueError when there are fewer documents than ranks, or no dealing keeps to `max_tokens`.
+        about as few as keep each within `max_tokens`; none is empty (an idle rank would leave the others waiting).
+    Raises: ValueError when there are fewer documents than ranks, or no dealing that keeps to `max_tokens` is found.
     """
     if len(lengths) < num_ranks:
         raise ValueError(f"{len(lengths)} samples cannot be shared by {num_ranks} ranks: raise batch_size")
@@ -115,6 +115,8 @@ class StepDataset(Dataset[Step]):
             raise ValueError(
                 f"{dataset.file} has {len(dataset)} samples for {num_ranks} ranks: use at most {len(dataset)} ranks"
             )
+        if batch_size < num_ranks:
+            raise ValueError(f"batch_size = {batch_size} samples cannot be shared by {num_ranks} ranks: raise it")
         self.dataset = dataset
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
@@ -155,7 +157,8 @@ class StepDataset(Dataset[Step]):
 def held_out_steps(steps: StepDataset, num_rows: int) -> Iterator[Step]:
     """Yield the first `num_rows` rows as steps, for measuring: no shuffling, no augmentation, every row once."""
     num_rows = min(num_rows, len(steps.dataset))
-    starts = list(range(0, num_rows, max(steps.batch_size, steps.num_ranks)))
+    assert num_rows >= steps.num_ranks, "every rank needs a row"
+    starts = list(range(0, num_rows, steps.batch_size))
     if len(starts) > 1 and num_rows - starts[-1] < steps.num_ranks:
         starts.pop()  # a remainder too small to give every rank a document joins the step before it
     for start, end in zip(starts, [*starts[1:], num_rows], strict=True):

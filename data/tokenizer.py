@@ -60,6 +60,8 @@ class StreamDecoder:
             piece = self.utf8.decode(bytes([self.tokenizer.byte_of_id[token_id]]))
         elif self.tokenizer.processor.is_control(token_id):
             return ""
+        elif self.tokenizer.processor.is_unknown(token_id):
+            piece = self.utf8.decode(self.tokenizer.decode([token_id]).encode("utf-8"))
         else:
             text = self.tokenizer.processor.id_to_piece(token_id).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
             if self.at_start:

@@ -90,6 +90,7 @@ def train(
             "tokens_per_s": step.num_tokens / (ended - waiting_since),
             "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,
+            "micro_batches": len(step.micro_batches),
             "step_s": ended - waiting_since,
             "data_wait_s": started - waiting_since,
             "mfu": step.num_tokens * flops_per_token / (ended - waiting_since) / peak_flops if peak_flops else None,

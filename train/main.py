@@ -230,6 +230,12 @@ def open_data(
     if config.max_tokens > llava.config.text.max_position_embeddings:
         limit = llava.config.text.max_position_embeddings
         raise ValueError(f"max_tokens = {config.max_tokens} exceeds the model's {limit} positions")
+    if config.max_tokens <= vision.num_patches and config.train != "language":
+        raise ValueError(
+            f"max_tokens = {config.max_tokens} leaves no text beside a picture's {vision.num_patches} tokens"
+        )
+    if 0 < config.eval_rows < ranks.size:
+        raise ValueError(f"eval_rows = {config.eval_rows} rows cannot be shared by {ranks.size} ranks: raise it")
     options = RenderOptions(
         tokens_per_image=vision.num_patches,
         image_size=vision.image_size,

@@ -1,0 +1,64 @@
+"""Draw test pictures with what the model answered: `python eval/gallery.py runs/tiny/eval/easy_vqa --out answers.png`.
+
+Eight pictures are drawn by lot from all that were asked about, three questions each; wrong answers are marked.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from data.dataset import load_rows  # noqa: E402
+from data.image import open_image  # noqa: E402
+
+NUM_PICTURES = 8
+QUESTIONS_PER_PICTURE = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what eval/main.py wrote, e.g. runs/tiny/eval/easy_vqa")
+    parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="folder of the prepared data set")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--seed", type=int, default=0, help="decides which pictures are shown")
+    arguments = parser.parse_args()
+    try:
+        draw(load_rows(arguments.folder / "predictions.jsonl"), arguments.data, arguments.out, arguments.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.out}")
+
+
+def draw(predictions: list[dict], data: Path, out: Path, seed: int) -> None:
+    """Draw pictures in two rows of four, questions and answers below each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    by_image: dict[str, list[dict]] = {}
+    for row in predictions:
+        by_image.setdefault(row["image"], []).append(row)
+    random_order = random.Random(seed)
+    names = random_order.sample(sorted(by_image), min(NUM_PICTURES, len(by_image)))
+    figure, axes = plt.subplots(2, NUM_PICTURES // 2, figsize=(14, 8), layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        axis.imshow(open_image(data / "images" / name))
+        rows = random_order.sample(by_image[name], min(QUESTIONS_PER_PICTURE, len(by_image[name])))
+        lines = []
+        for row in rows:
+            is_right = row["prediction"].lower() == row["answer"].lower()
+            lines += [row["question"], f"  {row['prediction']}" + ("" if is_right else f"   (wrong: {row['answer']})")]
+        axis.text(0, -0.05, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=10, family="DejaVu Sans")
+    figure.get_layout_engine().set(h_pad=1.0)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the tests of several rooms share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.prepare import easy_vqa
+from model.config import CONFIGS
+from model.llava import Llava, initialize_weights
+from model.weights import save_llava
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_TOKENIZER = ROOT / "data/tiny/tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared easy-VQA set; read only."""
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    easy_vqa.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random tiny weights; read only."""
+    folder = tmp_path_factory.mktemp("tiny") / "final"
+    llava = Llava(CONFIGS["tiny"])
+    initialize_weights(llava, llava.config.text.hidden_size**-0.5, seed=3)
+    save_llava(folder, llava.config, llava.state_dict(), TINY_TOKENIZER)
+    return folder
+
+
+@pytest.fixture
+def llava() -> Llava:
+    """A tiny model with random weights."""
+    torch.manual_seed(0)
+    llava = Llava(CONFIGS["tiny"])
+    initialize_weights(llava, llava.config.text.hidden_size**-0.5, seed=5)
+    return llava

@@ -1,0 +1,153 @@
+"""Packed rows: documents that lie side by side in a row, and branches of one document, do not know of each other.
+
+"Bit-identical" is meant literally: what is not attended to is not multiplied by a small number, it is not there.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import CausalAttention, PackedAttention
+from model.llama import Llama
+from tests.model.small_llava import (
+    FIRST_WORD_ID,
+    LAST_WORD_ID,
+    make_llava,
+    make_prompt,
+    read_gradients,
+    relative_difference,
+)
+
+TOLERANCE = 2e-6  # of logits and gradients, by the largest: a longer row is summed in another order
+LENGTHS = [5, 8, 3]  # documents of a row
+
+# A document of a trunk and three branches, and how long each is.
+TRUNK, BRANCHES = 6, [4, 7, 2]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return make_llava(seed=1).language_model
+
+
+def change_words(input_ids: Tensor) -> Tensor:
+    """Replace every word by another one."""
+    return FIRST_WORD_ID + (input_ids - FIRST_WORD_ID + 17) % (LAST_WORD_ID - FIRST_WORD_ID + 1)
+
+
+def run_row(
+    llama: Llama, documents: Sequence[Tensor], positions: Sequence[Tensor], branch_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the embeddings (T, D) and logits (T, V) of one packed row."""
+    borders = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
+    embeddings = llama.embed_tokens(torch.cat(list(documents)))
+    embeddings.retain_grad()
+    hidden_states = llama(embeddings[None], torch.cat(list(positions))[None], PackedAttention(borders, branch_ids))
+    return embeddings, llama.lm_head(hidden_states)[0]
+
+
+def run_alone(llama: Llama, input_ids: Tensor) -> Tensor:
+    """Return the logits (T, V) of one document in a row of its own."""
+    embeddings = llama.embed_tokens(input_ids)[None]
+    return llama.lm_head(llama(embeddings, torch.arange(len(input_ids))[None], CausalAttention()))[0]
+
+
+def weigh(logits: Tensor) -> Tensor:
+    """Return a loss in which every logit counts differently."""
+    return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+
+
+def make_documents() -> list[Tensor]:
+    return [make_prompt("t" * length, seed=index) for index, length in enumerate(LENGTHS)]
+
+
+def lay_out_branches(trunk: Tensor, branches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, positions and branch ids (T,): every branch's positions go on where the trunk's end."""
+    positions = [torch.arange(len(trunk)), *[len(trunk) + torch.arange(len(branch)) for branch in branches]]
+    branch_ids = [torch.full((len(part),), index) for index, part in enumerate([trunk, *branches])]
+    return torch.cat([trunk, *branches]), torch.cat(positions), torch.cat(branch_ids)
+
+
+def make_branched() -> tuple[Tensor, list[Tensor]]:
+    branches = [make_prompt("t" * length, seed=30 + index) for index, length in enumerate(BRANCHES)]
+    return make_prompt("t" * TRUNK, seed=29), branches
+
+
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_other_documents_do_not_notice_a_change(llama: Llama, changed: int) -> None:
+    """The loss is the other documents' alone, so even the weights' gradients must not move by a bit."""
+    documents = make_documents()
+    positions = [torch.arange(length) for length in LENGTHS]
+    is_other = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)) != changed
+    results = []
+    for words in (documents[changed], change_words(documents[changed])):
+        llama.zero_grad()
+        row = [words if index == changed else document for index, document in enumerate(documents)]
+        embeddings, logits = run_row(llama, row, positions)
+        weigh(logits[is_other]).backward()
+        assert embeddings.grad is not None
+        assert not embeddings.grad[~is_other].any()
+        results.append((logits, embeddings.grad, read_gradients(llama)))
+    (logits, gradient, gradients), (new_logits, new_gradient, new_gradients) = results
+
+    assert not torch.equal(logits[~is_other], new_logits[~is_other])  # there was something to notice
+    assert torch.equal(logits[is_other], new_logits[is_other])
+    assert torch.equal(gradient, new_gradient)
+    assert gradients.keys() == new_gradients.keys() == dict(llama.named_parameters()).keys()
+    for name, tensor in gradients.items():
+        assert torch.equal(tensor, new_gradients[name]), name
+
+
+def test_packed_equals_one_by_one(llama: Llama) -> None:
+    """Logits, and the gradients of the summed losses."""
+    documents = make_documents()
+    llama.zero_grad()
+    _, logits = run_row(llama, documents, [torch.arange(length) for length in LENGTHS])
+    torch.stack([weigh(part) for part in logits.split(LENGTHS)]).sum().backward()
+    packed = read_gradients(llama)
+    llama.zero_grad()
+    for document, part in zip(documents, logits.split(LENGTHS), strict=True):
+        alone = run_alone(llama, document)
+        assert relative_difference(part, alone) < TOLERANCE
+        weigh(alone).backward()
+    one_by_one = read_gradients(llama)
+    assert packed.keys() == one_by_one.keys() == dict(llama.named_parameters()).keys()
+    for name, gradient in packed.items():
+        assert relative_difference(gradient, one_by_one[name]) < TOLERANCE, name
+
+
+def test_branch_equals_the_document_without_the_others(llama: Llama) -> None:
+    """Between two plain documents, so that masks and borders must fit each other."""
+    before, _, behind = make_documents()
+    trunk, branches = make_branched()
+    input_ids, positions, branch_ids = lay_out_branches(trunk, branches)
+    _, logits = run_row(
+        llama,
+        [before, input_ids, behind],
+        [torch.arange(len(before)), positions, torch.arange(len(behind))],
+        torch.cat([torch.zeros_like(before), branch_ids, torch.zeros_like(behind)]),
+    )
+    before_logits, document_logits, behind_logits = logits.split([len(before), len(input_ids), len(behind)])
+    assert relative_difference(before_logits, run_alone(llama, before)) < TOLERANCE
+    assert relative_difference(behind_logits, run_alone(llama, behind)) < TOLERANCE
+    for index, branch in enumerate(branches, start=1):
+        alone = run_alone(llama, torch.cat([trunk, branch]))
+        assert relative_difference(document_logits[branch_ids == 0], alone[: len(trunk)]) < TOLERANCE
+        assert relative_difference(document_logits[branch_ids == index], alone[len(trunk) :]) < TOLERANCE
+
+
+@pytest.mark.parametrize("changed", range(1, len(BRANCHES) + 1))
+def test_trunk_and_other_branches_do_not_notice_a_change(llama: Llama, changed: int) -> None:
+    input_ids, positions, branch_ids = lay_out_branches(*make_branched())
+    is_other = branch_ids != changed
+    results = []
+    for words in (input_ids, torch.where(is_other, input_ids, change_words(input_ids))):
+        embeddings, logits = run_row(llama, [words], [positions], branch_ids)
+        weigh(logits[is_other]).backward()
+        assert embeddings.grad is not None
+        assert not embeddings.grad[~is_other].any()
+        results.append((logits[is_other], embeddings.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
