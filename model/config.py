@@ -1,4 +1,4 @@
-"""Architecture sizes: what a checkpoint's `config.json` says, and the four sizes this project names.
+"""Architecture sizes: what a checkpoint's `config.json` says, and the sizes this project names.
 
 Field names are Hugging Face's. Only sizes live here; how a model is trained is `train/config.py`'s.
 """
@@ -8,6 +8,8 @@ from typing import Any, Self, TypeVar
 
 from model.llama import LlamaConfig
 from model.vision import VisionConfig
+
+MODEL_TYPE = "plain_llava"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class LlavaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds."""
-        return {"model_type": "plain_llava", "vision_config": asdict(self.vision), "text_config": asdict(self.text)}
+        return {"model_type": MODEL_TYPE, "vision_config": asdict(self.vision), "text_config": asdict(self.text)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -27,13 +29,29 @@ class LlavaConfig:
 
         Raises: ValueError for a missing part, or a key or type this architecture does not have.
         """
+        if values.get("model_type") != MODEL_TYPE:
+            raise ValueError(f"config.json has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r}")
         for part in ("vision_config", "text_config"):
             if not isinstance(values.get(part), dict):
                 raise ValueError(f"config.json has no object '{part}': this is not a plain-llava model folder")
-        return cls(
-            vision=_read_sizes(VisionConfig, values["vision_config"], "vision_config"),
-            text=_read_sizes(LlamaConfig, values["text_config"], "text_config"),
-        )
+        vision = _read_sizes(VisionConfig, values["vision_config"], "vision_config")
+        text = _read_sizes(LlamaConfig, values["text_config"], "text_config")
+        for fits, problem in (
+            (vision.image_size % vision.patch_size == 0, "vision_config: patch_size does not divide image_size"),
+            (vision.hidden_size % vision.num_attention_heads == 0, "vision_config: heads do not divide hidden_size"),
+            (
+                -vision.num_hidden_layers <= vision.select_layer < 0,
+                "vision_config: select_layer is -1 or a layer before",
+            ),
+            (text.hidden_size % (2 * text.num_attention_heads) == 0, "text_config: heads do not divide hidden_size"),
+            (
+                text.num_attention_heads % text.num_key_value_heads == 0,
+                "text_config: key/value heads do not divide heads",
+            ),
+        ):
+            if not fits:
+                raise ValueError(f"config.json {problem}")
+        return cls(vision, text)
 
 
 Sizes = TypeVar("Sizes", VisionConfig, LlamaConfig)
@@ -46,9 +64,11 @@ def _read_sizes(kind: type[Sizes], values: dict[str, Any], part: str) -> Sizes:
     if missing := sorted(set(known) - set(values)):
         raise ValueError(f"config.json {part} lacks {', '.join(missing)}")
     for name, value in values.items():
-        # JSON writes 1e4 as 10000.0 or 10000; bool is an int to Python and never a size.
-        if isinstance(value, bool) or not isinstance(value, (int, float) if known[name] is float else int):
-            raise ValueError(f"config.json {part}.{name} = {value!r}, expected a number")
+        # JSON may write 10000.0 as 10000; bool is an int to Python and never a size.
+        kinds = (int, float) if known[name] is float else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds) or (value <= 0 and name != "select_layer"):
+            wanted = "a number" if known[name] is float else "a whole number"
+            raise ValueError(f"config.json {part}.{name} = {value!r}, expected {wanted} above 0")
     return kind(**values)
 
 

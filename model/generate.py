@@ -35,11 +35,15 @@ GREEDY = Sampling()
 
 
 class KVCache:
-    """Keys and values of every layer for `num_rows` rows of at most `capacity` tokens."""
+    """Keys and values of every layer for `num_rows` rows.
+
+    `capacity` is the longest row, in tokens, plus the width of what is added to it: padding takes room, too.
+    """
 
     def __init__(
         self, config: LlamaConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.config = config
         shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, capacity, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -52,11 +56,12 @@ class KVCache:
 
     def repeat(self, counts: Tensor, capacity: int) -> "KVCache":
         """Return a cache in which row i stands counts[i] times, with room for `capacity` tokens."""
-        new = object.__new__(KVCache)
-        room = (0, 0, 0, capacity - self.used)
-        new.keys = F.pad(self.keys[:, :, :, : self.used].repeat_interleave(counts, dim=1), room)
-        new.values = F.pad(self.values[:, :, :, : self.used].repeat_interleave(counts, dim=1), room)
-        new.lengths = self.lengths.repeat_interleave(counts)
+        assert capacity >= self.used, "what the rows hold must fit"
+        rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        new = KVCache(self.config, len(rows), capacity, self.keys.dtype, self.keys.device)
+        new.keys[:, :, :, : self.used] = self.keys[:, :, :, : self.used].index_select(1, rows)
+        new.values[:, :, :, : self.used] = self.values[:, :, :, : self.used].index_select(1, rows)
+        new.lengths = self.lengths[rows]
         new.used = self.used
         return new
 
@@ -65,10 +70,11 @@ class KVCache:
 
         Raises: ValueError when the cache is full.
         """
-        self.positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
-        self.used = max(self.used, int(self.positions.max()) + 1)
-        if self.used > self.capacity:
-            raise ValueError(f"{self.used} tokens do not fit a cache of {self.capacity}: shorten the prompt or answer")
+        positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        used = max(self.used, int(positions.max()) + 1)
+        if used > self.capacity:
+            raise ValueError(f"{used} tokens do not fit a cache of {self.capacity}: shorten the prompt or answer")
+        self.positions, self.used = positions, used
         self.mask = (torch.arange(self.used, device=self.lengths.device) <= self.positions[:, :, None])[:, None]
         self.lengths = self.lengths + num_tokens
         return self.positions
@@ -89,7 +95,10 @@ def prefill(model: Llava, cache: KVCache, prompts: Sequence[Tensor], image_featu
     """Run the prompts behind what the cache holds already; return the logits of each row's next token.
 
     Shapes: prompts B x (T_i,), image_features (N, P, D) in reading order -> (B, V).
+    Raises: ValueError for an empty prompt.
     """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: it needs at least one token")
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=cache.lengths.device)
     input_ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(cache.lengths.device)
     position_ids = cache.advance(lengths, input_ids.shape[1])
@@ -130,9 +139,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    # A token stays while the mass before it is below top_p; the likeliest always stays.
+    # A token stays while the mass before it is below top_p; before the likeliest there is none.
     outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
-    outside[:, 0] = False
     choice = ordered.masked_fill(outside, 0).multinomial(1, generator=generator)
     return order.gather(-1, choice).squeeze(-1)
 
@@ -161,7 +169,12 @@ def generate_stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> Iterator[Tensor]:
-    """Like `generate`, but yield (B,) tokens as they come."""
+    """Like `generate`, but yield (B,) tokens as they come.
+
+    Raises: ValueError when there is nothing to answer, or prompt and answer do not fit the model's positions.
+    """
+    if max_new_tokens < 1 or not prompts:
+        raise ValueError(f"{len(prompts)} prompts and max_new_tokens = {max_new_tokens}, expected at least 1 of each")
     weight = model.language_model.lm_head.weight
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
     limit = model.config.text.max_position_embeddings

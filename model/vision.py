@@ -54,7 +54,13 @@ class VisionTower(nn.Module):
         return self.post_layernorm(self.encode(pixel_values, self.config.num_hidden_layers)[:, 0])
 
     def encode(self, pixel_values: Tensor, num_layers: int) -> Tensor:
-        """Run the first `num_layers` layers. (N, 3, S, S) -> (N, 1 + P, D), the class token first."""
+        """Run the first `num_layers` layers. (N, 3, S, S) -> (N, 1 + P, D), the class token first.
+
+        Raises: ValueError for pictures of another size: a convolution would cut them in silence.
+        """
+        size = self.config.image_size
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(f"pictures are {tuple(pixel_values.shape[1:])}, this tower reads (3, {size}, {size})")
         patches = self.patch_embedding(pixel_values)  # (N, 3, S, S) -> (N, D, rows, columns)
         patches = patches.flatten(2).transpose(1, 2)  # -> (N, P, D)
         class_token = self.class_embedding.expand(len(patches), 1, -1)
@@ -104,5 +110,5 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # quick_gelu, x * sigmoid(1.702 x), which CLIP was trained with instead of GELU; silu makes it one kernel.
+        # quick_gelu, x * sigmoid(1.702 x), which CLIP was trained with instead of GELU; by silu, backward keeps less.
         return self.fc2(F.silu(1.702 * self.fc1(x)) / 1.702)

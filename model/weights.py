@@ -31,7 +31,7 @@ def load_llava(folder: Path, dtype: torch.dtype = torch.float32, device: str | t
         model = Llava(config)
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
-            wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            wanted = list_shapes(model.state_dict())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_shapes(wanted, found, folder / WEIGHTS_FILE)
             tensors = {name: file.get_tensor(name).to(dtype) for name in wanted}
@@ -61,8 +61,12 @@ def load_config(folder: Path) -> LlavaConfig:
 def save_llava(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor], tokenizer_file: Path) -> None:
     """Write a model folder, whole or not at all.
 
-    Raises: OSError when it cannot be written; what stood at `folder` before is then still there.
+    Raises: OSError when it cannot be written, ValueError when `tensors` are not the model's; what stood at `folder`
+        before is then still there.
     """
+    with torch.device("meta"):
+        wanted = list_shapes(Llava(config).state_dict())
+    _check_shapes(wanted, list_shapes(tensors), folder / WEIGHTS_FILE)
     with replace_folder(folder) as temporary:
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -76,6 +80,7 @@ def save_llava(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor],
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that takes its place only if the block ends well."""
+    folder = folder.resolve()
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -88,8 +93,18 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
-    os.rename(temporary, folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return every tensor's shape by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:

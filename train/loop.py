@@ -67,7 +67,9 @@ def train(
         from, or for a gate that was not reached; OSError when a checkpoint cannot be written. On every rank.
     """
     metrics = MetricsFile(folder / "metrics.jsonl", first_step) if ranks.is_first else None
-    bar = tqdm(total=num_steps, initial=first_step, desc=title, unit="step", disable=not ranks.is_first, smoothing=0.1)
+    bar = tqdm(
+        total=num_steps, initial=first_step, desc=title, unit="step", disable=not ranks.is_first, mininterval=0.5
+    )
     num_documents = 0
     unlearnable: set[int] = set()
     gate_reached = stop_at == 0

@@ -234,7 +234,7 @@ def open_data(
         raise ValueError(
             f"max_tokens = {config.max_tokens} leaves no text beside a picture's {vision.num_patches} tokens"
         )
-    if 0 < config.eval_rows < ranks.size:
+    if config.held_out and 0 < config.eval_rows < ranks.size:
         raise ValueError(f"eval_rows = {config.eval_rows} rows cannot be shared by {ranks.size} ranks: raise it")
     options = RenderOptions(
         tokens_per_image=vision.num_patches,

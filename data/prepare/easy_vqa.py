@@ -116,11 +116,11 @@ def _text_rows(wordings: list[str], num_rows: int, random_order: random.Random) 
         turns: list[tuple[str, str]] = []
         plain = number % 4 == 0
         while len(turns) < (1 if plain else TURNS_PER_TEXT):
-            colour, shape = random_order.choice(COLOURS), random_order.choice(SHAPES)
+            request = random_order.choice(wordings)
+            colour, shape = _draw_concept(request, random_order)
             bag = random_order.choices(FILLERS, k=random_order.randint(2, 6))
             bag += [colour] * random_order.randint(1, 3) + [shape] * random_order.randint(1, 3)
             random_order.shuffle(bag)
-            request: str = random_order.choice(wordings)
             answer = answer_question(request, colour, shape)
             if plain or random_order.random() < 0.1:
                 request, answer = random_order.choice(CAPTION_REQUESTS), f"a {colour} {shape}."
@@ -128,6 +128,18 @@ def _text_rows(wordings: list[str], num_rows: int, random_order: random.Random) 
                 turns.append((" ".join(bag) + ("" if plain else "\n" + request), answer))
         row = {"id": f"text-{number}", "conversations": _conversation(turns)}
         yield row | {"template": "plain"} if plain else row
+
+
+def _draw_concept(question: str, random_order: random.Random) -> tuple[str, str]:
+    """Draw a colour and a shape, half of the time those the question names.
+
+    By chance alone most things asked about would be absent, "no" (or "yes" to "is no ...") would nearly always do,
+    and the model would take several times as long to notice that the answer depends on both.
+    """
+    words = set(question.rstrip("?").split()) if random_order.random() < 0.5 else set()
+    colours = [colour for colour in COLOURS if colour in words] or COLOURS
+    shapes = [shape for shape in SHAPES if shape in words] or SHAPES
+    return random_order.choice(colours), random_order.choice(shapes)
 
 
 def _caption_rows(questions: Mapping[int, list[tuple[str, str]]]) -> Iterable[dict]:

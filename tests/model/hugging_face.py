@@ -2,7 +2,7 @@
 
 Weights are copied by a table of name prefixes, and strictly: a tensor without a counterpart on the other side is an
 error, in both directions. Attention is the "eager" one, matrix products and a softmax: with "sdpa" both sides would
-call the same kernel, which proves less (every difference is then exactly 0 in the vision tower).
+call the same kernel, which proves less.
 """
 
 from collections.abc import Sequence

@@ -86,10 +86,30 @@ def test_missing_keys_are_all_named() -> None:
         ("text_config", "rope_theta", True, "True"),
         ("vision_config", "num_hidden_layers", True, "True"),
         ("vision_config", "image_size", [21, 21], r"\[21, 21\]"),
+        ("text_config", "num_hidden_layers", -1, "-1"),
     ],
 )
 def test_wrong_type_is_named_with_its_value(part: str, name: str, value: Any, shown: str) -> None:
     values = CONFIG.to_dict()
     values[part][name] = value
-    with pytest.raises(ValueError, match=f"^config.json {part}.{name} = {shown}, expected a number$"):
+    with pytest.raises(ValueError, match=f"^config.json {part}.{name} = {shown}, expected a (whole )?number above 0$"):
+        LlavaConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("vision_config", "num_attention_heads", 5, "vision_config: heads do not divide hidden_size"),
+        ("vision_config", "patch_size", 5, "vision_config: patch_size does not divide image_size"),
+        ("vision_config", "select_layer", 0, "vision_config: select_layer is -1 or a layer before"),
+        ("vision_config", "select_layer", -9, "vision_config: select_layer is -1 or a layer before"),
+        ("text_config", "num_attention_heads", 7, "text_config: heads do not divide hidden_size"),
+        ("text_config", "num_key_value_heads", 3, "text_config: key/value heads do not divide heads"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other(part: str, name: str, value: int, message: str) -> None:
+    """Heads enter no tensor's shape, so strict loading alone would not notice."""
+    values = CONFIG.to_dict()
+    values[part][name] = value
+    with pytest.raises(ValueError, match=message):
         LlavaConfig.from_dict(values)

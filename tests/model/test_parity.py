@@ -39,11 +39,12 @@ from tests.model.small_llava import (
     make_pixels,
     make_prompt,
     randomize_weights,
+    read_gradients,
     relative_difference,
 )
 
 TOLERANCE = 3e-6
-GRADIENT_TOLERANCE = 8e-6
+GRADIENT_TOLERANCE = 5e-6
 IGNORE_INDEX = -100
 NO_TOKEN_ID = -1  # as EOS: an answer never ends early
 
@@ -62,7 +63,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     """Our small model and Hugging Face's, with the same weights."""
-    model, oracle = make_llava(seed=1), make_llava_oracle(CONFIG)
+    model, oracle = make_llava(seed=7), make_llava_oracle(CONFIG)
     copy_to_oracle(model, oracle, LLAVA_PREFIXES)
     return model, oracle
 
@@ -196,10 +197,8 @@ def test_loss_and_every_gradient_agree(pair: Pair) -> None:
     assert relative_difference(loss, hf_loss) < TOLERANCE
 
     names = match_names(model, oracle, LLAVA_PREFIXES)
-    ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    theirs = {
-        names[name]: parameter.grad for name, parameter in oracle.named_parameters() if parameter.grad is not None
-    }
+    ours = read_gradients(model)
+    theirs = {names[hf_name]: gradient for hf_name, gradient in read_gradients(oracle).items()}
     unused = ("vision_tower.layers.2.", "vision_tower.post_layernorm.")  # behind the layer whose output is read
     assert set(ours) == set(theirs) == {name for name in model.state_dict() if not name.startswith(unused)}
     # A bias on all keys shifts a query's scores alike, which softmax does not see: the gradient of k_proj.bias is
@@ -215,7 +214,7 @@ def test_loss_and_every_gradient_agree(pair: Pair) -> None:
 def test_greedy_answers_agree(pair: Pair, layouts: list[str]) -> None:
     """64 tokens, token for token; rows of different lengths are padded left over there, right over here.
 
-    The best two logits are never closer than 2e-4 of the largest, hundreds of times the tolerance: no tie decides.
+    The best two logits are never closer than 6e-4 of the largest, hundreds of times the tolerance: no tie decides.
     """
     model, oracle = pair
     prompts = [make_prompt(layout, seed=20 + index) for index, layout in enumerate(layouts)]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.llava import Llava
-from model.weights import load_llava, save_llava
+from model.weights import TOKENIZER_FILE, WEIGHTS_FILE, load_llava, save_llava
 from tests.model.small_llava import CONFIG, make_llava, make_pixels
 
 NAME = "language_model.layers.1.mlp.up_proj.weight"
@@ -138,7 +138,8 @@ def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
         (b'{"model_type": "plain_llava",', "is not JSON: "),
         (b"\xff\xfe{}", "is not JSON: "),
         (b"[1, 2]", "holds a list, expected an object"),
-        (b"{}", "config.json has no object 'vision_config'"),
+        (b"{}", "config.json has model_type None, expected 'plain_llava'"),
+        (b'{"model_type": "plain_llava"}', "config.json has no object 'vision_config'"),
     ],
 )
 def test_broken_config_is_refused(folder: Path, content: bytes, message: str) -> None:
@@ -188,3 +189,14 @@ def test_failed_save_of_the_tokenizer_destroys_nothing(llava: Llava, folder: Pat
     with pytest.raises(OSError, match="typo"):
         save_llava(folder, CONFIG, llava.state_dict(), tmp_path / "typo.model")
     assert read_files(folder.parent) == before
+
+
+def test_saving_tensors_that_are_not_the_models_leaves_the_old_folder(folder: Path) -> None:
+    """An incomplete set would only be noticed when it is loaded again, long after the good one is gone."""
+    before = (folder / WEIGHTS_FILE).read_bytes()
+    model = load_llava(folder)
+    tensors = dict(model.state_dict())
+    del tensors["projector.linear_1.bias"]
+    with pytest.raises(ValueError, match=r"missing projector\.linear_1\.bias"):
+        save_llava(folder, model.config, tensors, folder / TOKENIZER_FILE)
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
