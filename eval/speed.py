@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="prepared here if it is not there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each contestant, after 3 of warm-up")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file the result is appended to")
     arguments = parser.parse_args()
     if not (arguments.data / "vqa_train.json").is_file():
         easy_vqa.prepare(arguments.data)
     result = compare_tiny(arguments.data, arguments.device, arguments.repeats)
     print_result(result)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
+    arguments.out.parent.mkdir(exist_ok=True)
+    with arguments.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
 
 

@@ -44,14 +44,11 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the patch features LLaVA projects.
 
-        The layers after `select_layer` and `post_layernorm` are not run: they matter to CLIP, not to LLaVA.
+        The layers after `select_layer` and `post_layernorm` are not run: CLIP's checkpoints have them, LLaVA's way
+        does not pass them.
         Shapes: pixel_values (N, 3, S, S) -> (N, P, D).
         """
         return self.encode(pixel_values, self.config.num_hidden_layers + 1 + self.config.select_layer)[:, 1:]
-
-    def pool(self, pixel_values: Tensor) -> Tensor:
-        """Return CLIP's one vector per image: the class token after every layer. (N, 3, S, S) -> (N, D)."""
-        return self.post_layernorm(self.encode(pixel_values, self.config.num_hidden_layers)[:, 0])
 
     def encode(self, pixel_values: Tensor, num_layers: int) -> Tensor:
         """Run the first `num_layers` layers. (N, 3, S, S) -> (N, 1 + P, D), the class token first.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def train(
     )
     num_documents = 0
     unlearnable: set[int] = set()
-    gate_reached = stop_at == 0
+    gate_reached, is_done = stop_at == 0, False
     objective.train()
     waiting_since = time.perf_counter()
     for number, step in enumerate(loader, start=first_step + 1):
@@ -83,22 +84,9 @@ def train(
         unlearnable |= set(step.rows_without_labels)
         check_learnable(unlearnable, num_documents)
 
-        ended = time.perf_counter()
-        row = {
-            "step": number,
-            "loss": loss,
-            "learning_rates": rates,
-            "grad_norm": grad_norm,
-            "tokens_per_s": step.num_tokens / (ended - waiting_since),
-            "tokens": step.num_tokens,
-            "supervised_tokens": step.num_supervised,
-            "micro_batches": len(step.micro_batches),
-            "step_s": ended - waiting_since,
-            "data_wait_s": started - waiting_since,
-            "mfu": step.num_tokens * flops_per_token / (ended - waiting_since) / peak_flops if peak_flops else None,
-            "peak_memory_bytes": peak_memory_bytes(ranks.device),
-            "gpu_utilization": gpu_utilization(ranks.device),
-        }
+        step_s = time.perf_counter() - waiting_since
+        row = {"step": number, "loss": loss, "learning_rates": rates, "grad_norm": grad_norm}
+        row |= describe_speed(step, step_s, started - waiting_since, flops_per_token, peak_flops, ranks.device)
         if held_out and ((eval_every and number % eval_every == 0) or number == num_steps):
             measured = measure(objective, held_out, eval_rows, ranks)
             row |= {"held_out_loss": measured.loss, "exact_match": measured.exact_match}
@@ -164,6 +152,24 @@ def do_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm, num_stopping > 0
+
+
+def describe_speed(
+    step: Step, step_s: float, data_wait_s: float, flops_per_token: float, peak_flops: float, device: torch.device
+) -> dict[str, Any]:
+    """Return what `metrics.jsonl` says of a step's size, speed and memory; tokens are real ones, over all ranks."""
+    tokens_per_s = step.num_tokens / step_s
+    return {
+        "tokens_per_s": tokens_per_s,
+        "tokens": step.num_tokens,
+        "supervised_tokens": step.num_supervised,
+        "micro_batches": len(step.micro_batches),
+        "step_s": step_s,
+        "data_wait_s": data_wait_s,
+        "mfu": tokens_per_s * flops_per_token / peak_flops if peak_flops else None,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "gpu_utilization": gpu_utilization(device),
+    }
 
 
 @torch.no_grad()

@@ -72,9 +72,11 @@ class NextToken(nn.Module):
 class CaptionMatching(nn.Module):
     """Find a picture's caption among all captions: CLIP's training for the vision tower.
 
-    Source: Radford et al. 2021. Two simplifications suit captions that are few and short: the text tower is a sum of
-    word vectors, and a picture is compared with every distinct caption of the file, not with those of the batch.
-    That makes the loss a plain sum over pictures, the same for any number of ranks.
+    Source: Radford et al. 2021, with three changes. The picture's vector is the strongest response of any patch, in
+    the layer LLaVA will read, and not a class token: what a picture shows must then be told by its patches, which are
+    all that the projector will see, and it is learned in half the steps. Captions are few and short, so the text
+    tower is a sum of word vectors, and a picture is compared with every distinct caption of the file, not with those
+    of the batch. That makes the loss a plain sum over pictures, the same for any number of ranks.
     """
 
     def __init__(self, vision_tower: VisionTower, captions: Sequence[tuple[int, ...]], vocab_size: int) -> None:
@@ -104,8 +106,8 @@ class CaptionMatching(nn.Module):
                 "captions that occur in the training file"
             )
         targets = torch.tensor([self.index_of[answer] for answer in answers], device=device)
-        weight = self.visual_projection.weight
-        pictures = F.normalize(self.visual_projection(self.vision_tower.pool(batch.pixel_values.to(weight))), dim=-1)
+        features = self.vision_tower(batch.pixel_values.to(self.visual_projection.weight))  # (N, P, D)
+        pictures = F.normalize(self.visual_projection(features.amax(dim=1)), dim=-1)
         words = [torch.tensor(caption, device=device) for caption in self.captions]
         texts = F.normalize(torch.stack([self.word_embedding(ids).sum(dim=0) for ids in words]), dim=-1)
         logits = (self.logit_scale * pictures @ texts.T).float()  # (N, D), (C, D) -> (N, C)

@@ -267,13 +267,11 @@ def list_captions(dataset: ConversationDataset) -> list[tuple[int, ...]]:
 def freeze(llava: Llava, config: TrainConfig) -> None:
     """Leave trainable what the stage trains, and of that only what its loss reaches."""
     llava.requires_grad_(False)
-    if config.train == "vision":
-        llava.vision_tower.requires_grad_(True)
     if config.train in ("language", "full"):
         llava.language_model.requires_grad_(True)
     if config.train in ("projector", "full"):
         llava.projector.requires_grad_(True)
-    if config.vision_learning_rate:
+    if config.train == "vision" or config.vision_learning_rate:
         tower = llava.vision_tower.requires_grad_(True)
         tower.layers[len(tower.layers) + 1 + tower.config.select_layer :].requires_grad_(False)
         tower.post_layernorm.requires_grad_(False)

@@ -12,10 +12,12 @@ class MetricsFile:
     """Lines of JSON, flushed one by one; resuming drops the lines of steps that will be done again."""
 
     def __init__(self, file: Path, first_step: int) -> None:
-        kept = [row for row in read_metrics(file) if row["step"] <= first_step] if file.exists() else []
-        self.file = file.open("w", encoding="utf-8")
-        for row in kept:
-            self.write(row)
+        if file.exists():
+            kept = [row for row in read_metrics(file) if row["step"] <= first_step]
+            shorter = file.with_suffix(".partial")
+            shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            shorter.replace(file)
+        self.file = file.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

@@ -25,7 +25,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 NUM_HELD_OUT = 400  # training pictures kept for choosing
 CAPTION_REQUESTS = ("describe the image.", "what do you see?", "write a caption.")
 
-NUM_TEXTS = {"train": 4000, "held_out": 150}
+NUM_TEXTS = {"train": 8000, "held_out": 200}
 TURNS_PER_TEXT = 8
 FILLERS = ("paper", "light", "empty", "ground", "plain")  # what a bag of words holds besides colour and shape
 
@@ -111,10 +111,10 @@ def _load_questions(file: Path) -> dict[int, list[tuple[str, str]]]:
 
 
 def _text_rows(wordings: list[str], num_rows: int, random_order: random.Random) -> Iterable[dict]:
-    """Questions about bags of words. A quarter of the rows only turn a bag into its caption, in the plain template."""
+    """Questions about bags of words; every other row turns a bag into its caption, in the plain template."""
     for number in range(num_rows):
         turns: list[tuple[str, str]] = []
-        plain = number % 4 == 0
+        plain = number % 2 == 0
         while len(turns) < (1 if plain else TURNS_PER_TEXT):
             request = random_order.choice(wordings)
             colour, shape = _draw_concept(request, random_order)

@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite_do_not_train(workplace: Path, tiny_model_fo
     assert ended.stderr.count("error: the loss is nan") == 1
 
 
-@pytest.mark.parametrize("limit_bytes", [200_000, 3_000_000], ids=["checkpoint", "final"])
+@pytest.mark.parametrize("limit_bytes", [100_000, 3_000_000], ids=["checkpoint", "final"])
 def test_full_disk_ends_clearly_and_leaves_nothing_half_written(workplace: Path, limit_bytes: int) -> None:
     """A limit on the size of files stands in for a full disk: writing fails in the middle of a file."""
     before = run_training(workplace, 2, "stage.toml", timeout_s=90)

@@ -82,7 +82,8 @@ def test_caption_matching_is_a_softmax_over_all_captions(llava: Llava) -> None:
     known = [tuple(TOKENIZER.encode(text + "\n")) for text in ("a red circle.", "no", "a blue box")]
     objective = CaptionMatching(llava.vision_tower, known, TOKENIZER.vocab_size)
     loss, predicted = objective(batch)
-    pictures = F.normalize(objective.visual_projection(llava.vision_tower.pool(batch.pixel_values)), dim=-1)
+    features = llava.vision_tower(batch.pixel_values)
+    pictures = F.normalize(objective.visual_projection(features.amax(1)), dim=-1)
     texts = [objective.word_embedding(torch.tensor(ids)).sum(0) for ids in known]
     logits = 10.0 * pictures @ F.normalize(torch.stack(texts), dim=-1).T
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([0, 2]), reduction="sum"))
