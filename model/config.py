@@ -40,7 +40,7 @@ class LlavaConfig:
             (vision.image_size % vision.patch_size == 0, "vision_config: patch_size does not divide image_size"),
             (vision.hidden_size % vision.num_attention_heads == 0, "vision_config: heads do not divide hidden_size"),
             (
-                -vision.num_hidden_layers <= vision.select_layer < 0,
+                -vision.num_hidden_layers - 1 <= vision.select_layer < 0,
                 "vision_config: select_layer is -1 or a layer before",
             ),
             (text.hidden_size % (2 * text.num_attention_heads) == 0, "text_config: heads do not divide hidden_size"),
