@@ -48,7 +48,12 @@ class VisionTower(nn.Module):
         does not pass them.
         Shapes: pixel_values (N, 3, S, S) -> (N, P, D).
         """
-        return self.encode(pixel_values, self.config.num_hidden_layers + 1 + self.config.select_layer)[:, 1:]
+        return self.encode(pixel_values, self.num_used_layers)[:, 1:]
+
+    @property
+    def num_used_layers(self) -> int:
+        """How many layers lead to the features LLaVA reads."""
+        return self.config.num_hidden_layers + 1 + self.config.select_layer
 
     def encode(self, pixel_values: Tensor, num_layers: int) -> Tensor:
         """Run the first `num_layers` layers. (N, 3, S, S) -> (N, 1 + P, D), the class token first.

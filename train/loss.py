@@ -31,6 +31,14 @@ class NextToken(nn.Module):
         self.llava = llava
         self.reads_images = reads_images
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers that a forward pass runs one after another: what sharding gathers one at a time."""
+        tower = self.llava.vision_tower
+        return [
+            *(tower.layers[: tower.num_used_layers] if self.reads_images else []),
+            *self.llava.language_model.layers,
+        ]
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the likeliest token at each supervised position (A,).
 
@@ -94,6 +102,10 @@ class CaptionMatching(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([10.0]))
         self.captions = list(captions)
         self.index_of = {caption: index for index, caption in enumerate(self.captions)}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers that a forward pass runs one after another: what sharding gathers one at a time."""
+        return list(self.vision_tower.layers[: self.vision_tower.num_used_layers])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the chosen captions' tokens at the supervised positions (A,)."""

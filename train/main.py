@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from data.conversation import IGNORE_INDEX  # noqa: E402
@@ -36,7 +35,7 @@ from train.loop import StopRequest, train  # noqa: E402
 from train.loss import CaptionMatching, NextToken  # noqa: E402
 from train.metrics import plot_loss  # noqa: E402
 from train.optim import make_optimizer  # noqa: E402
-from train.parallel import Ranks, gather, shard, start_ranks, stop_ranks  # noqa: E402
+from train.parallel import Ranks, gather, leave_ranks, shard, start_ranks  # noqa: E402
 
 RUNS = Path("runs")
 TINY_DATA = RUNS / "easy_vqa"
@@ -64,9 +63,10 @@ def main() -> None:
         ranks.wait()
     except Exception as error:
         fail(error, ranks)
-    stop_ranks()
+    exit_code = 0
     if is_finished and not files and ranks.is_first:
-        answer_test_questions(before=RUNS / configs[-2].name / "final", after=RUNS / configs[-1].name / "final")
+        exit_code = answer_test_questions(*(RUNS / config.name / "final" for config in configs[-2:]))
+    leave_ranks(exit_code)
 
 
 def fail(error: Exception, ranks: Ranks) -> NoReturn:
@@ -76,7 +76,7 @@ def fail(error: Exception, ranks: Ranks) -> NoReturn:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-    os._exit(1)  # not sys.exit: a collective that will never complete must not keep the process alive
+    leave_ranks(1)
 
 
 def run_stages(configs: Sequence[TrainConfig], ranks: Ranks, stop_request: StopRequest) -> bool:
@@ -146,7 +146,7 @@ def run_stage(
     for parameter in llava.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    objective: nn.Module
+    objective: CaptionMatching | NextToken
     if config.train == "vision":
         objective = CaptionMatching(llava.vision_tower, list_captions(steps.dataset), tokenizer.vocab_size)
         for part in (objective.visual_projection, objective.word_embedding):
@@ -154,7 +154,7 @@ def run_stage(
     else:
         objective = NextToken(llava, reads_images=config.train != "language")
     objective.to(ranks.device)
-    shard(objective, [*llava.vision_tower.layers, *llava.language_model.layers], config.shard_size, dtype, ranks)
+    shard(objective, objective.blocks(), config.shard_size, dtype, ranks)
     optimizer = make_optimizer(
         objective,
         {
@@ -273,7 +273,7 @@ def freeze(llava: Llava, config: TrainConfig) -> None:
         llava.projector.requires_grad_(True)
     if config.train == "vision" or config.vision_learning_rate:
         tower = llava.vision_tower.requires_grad_(True)
-        tower.layers[len(tower.layers) + 1 + tower.config.select_layer :].requires_grad_(False)
+        tower.layers[tower.num_used_layers :].requires_grad_(False)
         tower.post_layernorm.requires_grad_(False)
 
 
@@ -287,13 +287,13 @@ def count_flops_per_token(llava: Llava) -> float:
     return sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in matrices)
 
 
-def answer_test_questions(before: Path, after: Path) -> None:
-    """Answer easy-VQA's test questions with both models, by the command a reader would type."""
+def answer_test_questions(before: Path, after: Path) -> int:
+    """Answer easy-VQA's test questions with both models by the command a reader would type; return its exit code."""
     command = [sys.executable, str(ROOT / "eval/main.py"), "--task", "easy_vqa", "--data", str(TINY_DATA)]
     command += ["--model-path", str(before), str(after)]
     ranks_of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")  # this is one process with all cores
     environment = {name: value for name, value in os.environ.items() if name not in ranks_of_torchrun}
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ they are used and sums gradients afterwards. One rank is the same program with n
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,15 +76,23 @@ def start_ranks() -> Ranks:
     return Ranks(rank, size, device, store)
 
 
-def stop_ranks() -> None:
-    dist.destroy_process_group()
+def leave_ranks(exit_code: int) -> NoReturn:
+    """End this process at once, without the interpreter's tear-down.
+
+    After a failure a collective that will never complete must not keep it alive; after success, threads of the
+    communication library that meet a half torn down interpreter now and then abort a process whose work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def shard(objective: nn.Module, blocks: Sequence[nn.Module], shard_size: int, dtype: torch.dtype, ranks: Ranks) -> None:
     """Spread an objective's parameters over the ranks, in place.
 
     Args:
-        blocks: modules gathered one at a time; what is outside them is gathered for the whole step.
+        blocks: modules gathered one at a time; what is outside them is gathered for the whole step. Each must run in
+            every step: FSDP cannot accumulate gradients over a group that was never gathered.
         shard_size: ranks that share one copy; 0 is all of them, 1 gives every rank a copy of its own.
         dtype: of computing. Trained parameters stay in float32, gradients are summed in float32.
     Raises: ValueError when shard_size does not divide the number of ranks.
