@@ -44,7 +44,8 @@ def draw(predictions: list[dict], data: Path, out: Path, seed: int) -> None:
         by_image.setdefault(row["image"], []).append(row)
     random_order = random.Random(seed)
     names = random_order.sample(sorted(by_image), min(NUM_PICTURES, len(by_image)))
-    figure, axes = plt.subplots(2, NUM_PICTURES // 2, figsize=(14, 8), layout="constrained")
+    figure, axes = plt.subplots(2, NUM_PICTURES // 2, figsize=(14, 8))
+    figure.set_layout_engine("constrained", h_pad=1.0)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
@@ -55,7 +56,6 @@ def draw(predictions: list[dict], data: Path, out: Path, seed: int) -> None:
             is_right = row["prediction"].lower() == row["answer"].lower()
             lines += [row["question"], f"  {row['prediction']}" + ("" if is_right else f"   (wrong: {row['answer']})")]
         axis.text(0, -0.05, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=10, family="DejaVu Sans")
-    figure.get_layout_engine().set(h_pad=1.0)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 

@@ -127,13 +127,14 @@ def make_transformers_step(batch: Batch, device: str) -> Callable[[], float]:
         image_token_index=image_token,
         vision_feature_layer=sizes.vision.select_layer,
     )
-    model = LlavaForConditionalGeneration(config).to(device).train()
+    model: Any = LlavaForConditionalGeneration(config)  # its `to` is wrapped in a way that type checkers misread
+    model = model.to(device).train()
     llava = Llava(sizes)
     initialize_weights(llava, sizes.text.hidden_size**-0.5, seed=0)
     copy_weights(llava, model)
     lengths = [end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
     width = max(lengths)
-    input_ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    input_ids = torch.full((len(lengths), width), 2)  # any other id will do: it is masked
     labels = torch.full((len(lengths), width), IGNORE_INDEX)
     mask = torch.zeros(len(lengths), width, dtype=torch.long)
     parts = zip(batch.input_ids.split(lengths), batch.labels.split(lengths), lengths, strict=True)

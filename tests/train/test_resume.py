@@ -60,20 +60,30 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill torchrun and its ranks: they are sessions of their own, and go on when torchrun alone is killed."""
+    for pid in [*list_ranks(process), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def list_ranks(process: subprocess.Popen) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
 @contextmanager
 def running(folder: Path, config_file: Path) -> Iterator[subprocess.Popen]:
-    """A run in a process group of its own, so that all of it can be killed at once."""
+    """A run that the test may end as it likes, and that never outlives it."""
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            training_command(2, str(config_file)), cwd=folder, env=environment(), stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
+            training_command(2, str(config_file)), cwd=folder, env=environment(), stdout=log, stderr=log
+        )
         try:
             yield process
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_all(process)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 120) -> None:
@@ -100,8 +110,7 @@ def test_20_and_20_steps_equal_40_after_sigkill(config_file: Path, undisturbed: 
     run = tmp_path / "runs/short"
     with running(tmp_path, config_file) as process:
         wait_until(lambda: num_lines(run / "metrics.jsonl") >= 25, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000020"]
     assert not (run / "final").exists()
     finished = run_training(tmp_path, 2, str(config_file))
@@ -115,8 +124,7 @@ def test_killed_while_saving(config_file: Path, undisturbed: Path, tmp_path: Pat
     partial = tmp_path / "runs/short/checkpoints/step-000020.partial"
     with running(tmp_path, config_file) as process:
         wait_until(partial.exists, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
     assert not (tmp_path / "runs/short/checkpoints/step-000020").exists()
     finished = run_training(tmp_path, 2, str(config_file))
     assert finished.returncode == 0, finished.stderr
@@ -128,8 +136,7 @@ def test_sigterm_saves_and_exits_cleanly(config_file: Path, undisturbed: Path, t
     run = tmp_path / "runs/short"
     with running(tmp_path, config_file) as process:
         wait_until(lambda: num_lines(run / "metrics.jsonl") >= 5, process)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        os.kill(int(children.stdout.split()[0]), signal.SIGTERM)  # one rank alone is told; all agree
+        os.kill(list_ranks(process)[1], signal.SIGTERM)  # one rank alone is told; all agree
         assert process.wait(timeout=60) == 0
     assert "stopped, the same command goes on from here" in (tmp_path / "log").read_text()
     (checkpoint,) = (run / "checkpoints").iterdir()
