@@ -4,6 +4,7 @@ Without files it is the embedded default, LLaVA's whole way in miniature: a tiny
 the projector aligns them, visual question answering is tuned on easy-VQA, and the test set is answered.
 """
 
+import fcntl
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -89,6 +90,7 @@ def run_stages(configs: Sequence[TrainConfig], ranks: Ranks, stop_request: StopR
     ranks.wait()
     previous: Path | None = None
     may_reuse = True
+    locks: list[IO[str]] = []  # a lock is held as long as its file is open
     for config in configs:
         folder = RUNS / config.name
         action = choose_action(folder, config, may_reuse, config.keep or not is_line_finished)
@@ -98,6 +100,8 @@ def run_stages(configs: Sequence[TrainConfig], ranks: Ranks, stop_request: StopR
                 print(f"{config.name}: kept from an earlier run with the same settings ({folder / 'final'})")
         else:
             may_reuse = False
+            if ranks.is_first:
+                locks.append(lock_run(config.name))
             if action == "anew" and ranks.is_first:
                 start_folder(folder, config)
             ranks.wait()
@@ -121,6 +125,20 @@ def choose_action(folder: Path, config: TrainConfig, may_reuse: bool, may_keep: 
             "or remove the folder"
         )
     return "resume" if may_reuse else "anew"
+
+
+def lock_run(name: str) -> IO[str]:
+    """Keep other runs out of `runs/<name>` until this process ends, however it ends.
+
+    Raises: ValueError when another process is in it, such as ranks that outlived a killed torchrun.
+    """
+    RUNS.mkdir(exist_ok=True)
+    lock = (RUNS / f".{name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training runs/{name}: wait for it, stop it, or use name=...") from error
+    return lock
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

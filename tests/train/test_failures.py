@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one clear message, on every rank, with a non-zero exit."""
 
+import fcntl
 import json
 import resource
 import subprocess
@@ -95,6 +96,17 @@ def test_each_mistake_has_one_message(
     assert message in errors[0]
     assert 'main.py", line' not in ended.stderr, ended.stderr  # no traceback but torchrun's own
     assert not (workplace / "runs/short/final").exists()
+
+
+def test_two_runs_do_not_share_a_folder(workplace: Path) -> None:
+    """Ranks that outlive a killed torchrun would otherwise write into the run that was started again."""
+    (workplace / "runs").mkdir()
+    with (workplace / "runs/.short.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = run_training(workplace, 1, "stage.toml", timeout_s=90)
+    assert refused.returncode != 0
+    assert refused.stderr.count("error: another process is training runs/short") == 1
+    assert not (workplace / "runs/short").exists()
 
 
 def test_weights_that_are_not_finite_do_not_train(workplace: Path, tiny_model_folder: Path) -> None:
