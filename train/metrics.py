@@ -55,7 +55,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
     rows = read_metrics(metrics_file)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["held_out_loss"], row["exact_match"]) for row in rows if "held_out_loss" in row]
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     if train:
         steps, losses = zip(*train, strict=True)
         axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, every step")
@@ -70,7 +70,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
         right.plot(steps, matches, "s--", color="tab:green", markersize=4, label="held-out exact match")
         right.set(ylabel="exact match", ylim=(0, 1.02))
         lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(handles=lines, loc="center right")
+    figure.legend(handles=lines, loc="outside lower center", ncols=2)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
