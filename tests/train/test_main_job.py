@@ -9,7 +9,7 @@ from tests.launch import run_training
 def test_shortened_main_job_learns_to_answer(tmp_path: Path) -> None:
     """At least 70 % of the test questions: always saying the commonest answer is 37.3 %, and the best answers
     without looking at the picture are 67.0 %."""
-    ended = run_training(tmp_path, 2, "max_steps=300", "stop_at=0", "eval_every=150", timeout_s=580)
+    ended = run_training(tmp_path, 2, "max_steps=200", "stop_at=0.0", "eval_every=100", timeout_s=580)
     assert ended.returncode == 0, ended.stderr
     scores = json.loads((tmp_path / "runs/tiny/eval/easy_vqa/scores.json").read_text(encoding="utf-8"))
     assert scores["n"] == 9673
@@ -21,5 +21,6 @@ def test_shortened_main_job_learns_to_answer(tmp_path: Path) -> None:
         run = tmp_path / "runs" / name
         files = {path.name for path in run.iterdir()}
         assert {"config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", "final"} <= files
-        held_out = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert held_out[-1]["held_out_loss"] < held_out[149]["held_out_loss"] * 1.05
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 201))
+        assert rows[199]["held_out_loss"] < rows[99]["held_out_loss"], name
