@@ -10,6 +10,7 @@ Shapes: T tokens of one packed row, N images, S image size in pixels.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ class Batch:
     cu_seqlens: list[int]  # borders of the documents: 0, ..., T
     pixel_values: Tensor | None  # (N, 3, S, S) in reading order, None where no document has a picture
     rows: list[int]  # which rows of the file the documents are
+
+    @property
+    def lengths(self) -> list[int]:
+        """The documents' lengths, in tokens."""
+        return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`."""

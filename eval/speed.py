@@ -70,7 +70,7 @@ def compare_tiny(data: Path, device: str, repeats: int) -> dict[str, Any]:
                 losses[name] = loss
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - started)
-    real, padded = batch.cu_seqlens[-1], longest(batch) * NUM_DOCUMENTS
+    real, padded = batch.cu_seqlens[-1], max(batch.lengths) * NUM_DOCUMENTS
     return {
         "suite": "tiny",
         "documents": NUM_DOCUMENTS,
@@ -132,7 +132,7 @@ def make_transformers_step(batch: Batch, device: str) -> Callable[[], float]:
     llava = Llava(sizes)
     initialize_weights(llava, sizes.text.hidden_size**-0.5, seed=0)
     copy_weights(llava, model)
-    lengths = [end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
+    lengths = batch.lengths
     width = max(lengths)
     input_ids = torch.full((len(lengths), width), 2)  # any other id will do: it is masked
     labels = torch.full((len(lengths), width), IGNORE_INDEX)
@@ -226,11 +226,6 @@ def peak_memory_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def longest(batch: Batch) -> int:
-    """Return the length of the longest document."""
-    return max(end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
 
 
 def describe_environment(device: str) -> dict[str, Any]:

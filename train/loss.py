@@ -5,7 +5,6 @@ Shapes: T tokens of a packed row, A supervised tokens, N images, C captions, D h
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +109,8 @@ class CaptionMatching(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the chosen captions' tokens at the supervised positions (A,)."""
         device = batch.labels.device
-        answers = [tuple(part[part != IGNORE_INDEX].tolist()) for part in self._split(batch)]
+        documents = batch.labels.split(batch.lengths)
+        answers = [tuple(labels[labels != IGNORE_INDEX].tolist()) for labels in documents]
         unknown = [row for row, answer in zip(batch.rows, answers, strict=True) if answer not in self.index_of]
         if unknown or batch.pixel_values is None or len(batch.pixel_values) != len(answers):
             raise ValueError(
@@ -128,10 +128,6 @@ class CaptionMatching(nn.Module):
         fitted = [(*choice, *[-1] * len(answer))[: len(answer)] for choice, answer in zip(chosen, answers, strict=True)]
         predicted = torch.tensor([token for choice in fitted for token in choice], device=device)
         return F.cross_entropy(logits, targets, reduction="sum"), predicted
-
-    @staticmethod
-    def _split(batch: Batch) -> list[Tensor]:
-        return list(batch.labels.split([end - start for start, end in pairwise(batch.cu_seqlens)]))
 
 
 def split_answers(labels: Tensor, predicted: Tensor) -> list[tuple[list[int], list[int]]]:
