@@ -164,14 +164,7 @@ def run_stage(
     for parameter in llava.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    objective: CaptionMatching | NextToken
-    if config.train == "vision":
-        objective = CaptionMatching(llava.vision_tower, list_captions(steps.dataset), tokenizer.vocab_size)
-        for part in (objective.visual_projection, objective.word_embedding):
-            initialize_weights(part, llava.config.vision.hidden_size**-0.5, config.seed)
-    else:
-        objective = NextToken(llava, reads_images=config.train != "language")
-    objective.to(ranks.device)
+    objective = make_objective(config, llava, steps.dataset).to(ranks.device)
     shard(objective, objective.blocks(), config.shard_size, dtype, ranks)
     optimizer = make_optimizer(
         objective,
@@ -274,6 +267,16 @@ def open_data(
                 StepDataset(dataset, config.batch_size, config.micro_batch_tokens, config.seed, ranks.rank, ranks.size)
             )
     return opened[0], opened[1] if config.held_out else None
+
+
+def make_objective(config: TrainConfig, llava: Llava, dataset: ConversationDataset) -> CaptionMatching | NextToken:
+    """Return what the stage minimises, its own parts (CLIP's text side) at seeded random values."""
+    if config.train != "vision":
+        return NextToken(llava, reads_images=config.train != "language")
+    objective = CaptionMatching(llava.vision_tower, list_captions(dataset), dataset.tokenizer.vocab_size)
+    for part in (objective.visual_projection, objective.word_embedding):
+        initialize_weights(part, llava.config.vision.hidden_size**-0.5, config.seed)
+    return objective
 
 
 def list_captions(dataset: ConversationDataset) -> list[tuple[int, ...]]:

@@ -85,14 +85,14 @@ def test_ranks_and_accumulation_do_not_change_the_result(
     assert metrics[0]["micro_batches"] < expected_metrics[0]["micro_batches"]
     for row, expected_row in zip(metrics, expected_metrics, strict=True):
         assert row["supervised_tokens"] == expected_row["supervised_tokens"]
-        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(expected_row["grad_norm"], rel=1e-4)
+        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(expected_row["grad_norm"], rel=1e-5)
     assert weights.keys() == expected.keys()
-    # Adam divides by the gradient's own size, so where it is nearly zero, rounding moves a weight by up to a full
-    # step of 1e-3; on the whole the weights agree far more closely than they moved.
+    # Adam divides by the gradient's own size, so where it is nearly zero, rounding moves a weight more than elsewhere:
+    # 8e-6 at most where steps are 1e-3, and 4e-10 on average.
     difference = torch.cat([(weights[name] - expected[name]).flatten() for name in expected])
-    assert difference.abs().mean() < 2e-6
-    assert difference.abs().max() < 1e-3
+    assert difference.abs().mean() < 1e-8
+    assert difference.abs().max() < 1e-4
 
 
 def test_loss_falls(one_rank: tuple[list[dict], dict[str, torch.Tensor]]) -> None:
