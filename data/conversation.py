@@ -3,15 +3,29 @@
 Every piece of text is tokenised once and knows whose it is, so labels cannot slip: there is no second tokenisation
 whose length has to agree. `<image>` becomes P placeholders here, so a sequence's length is final when it leaves.
 
-Templates, as official LLaVA-1.5 has them (llava/conversation.py):
-    vicuna_v1   {system} USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: ...
-    plain       <image>{caption}\\n
+Templates, as official LLaVA-1.5 has them (llava/conversation.py); learned are the answers, each with its end:
+    vicuna_v1      {system} USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: ...
+    llava_v1       the same with another system prompt: the official chat; training and benchmarks use vicuna_v1
+    plain          <image>{caption}\\n
+    llava_llama_2  [INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n<image>\\n{question} [/INST] {answer} </s><s>[INST] ...
+
+Note: ids and labels are the official ones, except where the official code loses track and masks the whole sample:
+    an empty question or answer; a typed "</s>" or "<unk>"; " ASSISTANT: " (llama_2: "[/INST] ") inside of either.
+These teach their answers here. A question that ends in "ASSISTANT:" is not learned itself (officially its end is), and
+a typed control token, "<s>" too, is nothing but letters.
 
 Shapes: T tokens, P placeholders per image.
+
+`python -m data.conversation --show FILE --row N` shows what a row of a data set becomes.
 """
 
+import argparse
+import itertools
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.tokenizer import Tokenizer
 
@@ -23,7 +37,33 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TEMPLATES = ("vicuna_v1", "plain")
+CHAT_SYSTEM = SYSTEM.replace("user", "human")
+LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What stands around questions and answers. `</s>` follows every answer."""
+
+    before_first: str  # question
+    before_later: str  # question; follows `</s>` directly, so it gets no leading space
+    before_answer: str
+    after_answer: str = ""
+    later_bos: bool = False  # later questions have a `<s>` of their own
+
+
+CHAT_TEMPLATES = {
+    "vicuna_v1": ChatTemplate(f"{SYSTEM} USER: ", "USER: ", " ASSISTANT:"),
+    "llava_v1": ChatTemplate(f"{CHAT_SYSTEM} USER: ", "USER: ", " ASSISTANT:"),
+    "llava_llama_2": ChatTemplate(
+        f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "[INST] ", " [/INST]", after_answer=" ", later_bos=True
+    ),
+}
+TEMPLATES = (*CHAT_TEMPLATES, "plain")
 
 
 @dataclass(frozen=True)
@@ -113,16 +153,17 @@ def render_conversation(
             question with its answer a branch, whose tokens are exactly those of asking that question alone.
         max_tokens: cut text from the end to this length; placeholders always stay.
 
-    Note: official LLaVA masks a whole sample when its two tokenisations disagree; here there is only one.
-    Raises: ValueError for an unknown template.
+    Raises: ValueError for an unknown template, or a plain one that is to branch.
     """
     assert not (branched and any(turn.has_image for turn in turns[1:])), "branches share the first turn's picture"
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
+    if template == "plain" and branched and len(turns) > 2:
+        raise ValueError(f"template 'plain' has no questions to branch at, but {len(turns)} turns: use vicuna_v1")
     if template == "plain":
         segments = _segments_plain(turns, tokenizer)
-    elif template == "vicuna_v1":
-        segments = _segments_vicuna(turns, tokenizer, branched)
     else:
-        raise ValueError(f"template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
+        segments = _segments_chat(turns, tokenizer, CHAT_TEMPLATES[template], branched)
     if max_tokens is not None:
         segments = _truncate(segments, max_tokens, tokens_per_image)
     return _join(segments, tokens_per_image)
@@ -137,26 +178,30 @@ class _Segment:
     branch: int = 0
 
 
-def _segments_vicuna(turns: Sequence[Turn], tokenizer: Tokenizer, branched: bool) -> list[_Segment]:
+def _segments_chat(
+    turns: Sequence[Turn], tokenizer: Tokenizer, template: ChatTemplate, branched: bool
+) -> list[_Segment]:
     segments = [_Segment([tokenizer.bos_token_id])]
     for number in range(0, len(turns), 2):
-        question = turns[number]
+        question = turns[number].text
         branch = number // 2 + 1 if branched else 0
-        if number == 0:
-            segments.append(_Segment(tokenizer.encode(f"{SYSTEM} USER:" + (" " if question.has_image else ""))))
-        elif not branched:
-            user = "USER: " if question.has_image else "USER:"
-            segments.append(_Segment(tokenizer.encode(user, continues=True)))
-        if question.has_image and (number == 0 or not branched):
-            segments.append(_Segment(None))
-        text = question.text
-        if question.has_image or (branched and turns[0].has_image):
-            # The official code tokenises what follows an image by itself, so the newline gets a leading space.
-            text = "\n" + text
-        segments.append(_Segment(tokenizer.encode(f"{text} ASSISTANT:"), branch=branch))
+        is_first = number == 0 or branched
+        has_image = turns[0 if branched else number].has_image
+        lead = template.before_first if is_first else template.before_later
+        if has_image:
+            # The official code tokenises what follows an image by itself, and every text begins with a space.
+            question = " \n" + question if question else " "
+        else:
+            # A space belongs to the token of the word that follows.
+            lead, question = lead.rstrip(" "), lead[len(lead.rstrip(" ")) :] + question
+        if number == 0 or not branched:
+            bos = [tokenizer.bos_token_id] if template.later_bos and not is_first else []
+            segments.append(_Segment([*bos, *tokenizer.encode(lead, continues=not is_first)]))
+            segments += [_Segment(None)] * has_image
+        segments.append(_Segment(tokenizer.encode(question + template.before_answer, continues=True), branch=branch))
         if number + 1 < len(turns):
-            answer = [*tokenizer.encode(turns[number + 1].text), tokenizer.eos_token_id]
-            segments.append(_Segment(answer, supervised=True, branch=branch))
+            answer = tokenizer.encode(turns[number + 1].text + template.after_answer)
+            segments.append(_Segment([*answer, tokenizer.eos_token_id], supervised=True, branch=branch))
     return segments
 
 
@@ -202,3 +247,62 @@ def _join(segments: Sequence[_Segment], tokens_per_image: int) -> Rendered:
         branch_ids += [branch] * len(ids)
         next_position += len(ids)
     return Rendered(input_ids, labels, position_ids, branch_ids, sum(segment.ids is None for segment in segments))
+
+
+def format_tokens(rendered: Rendered, tokenizer: Tokenizer, in_color: bool) -> str:
+    """Return the tokens by name, those that are learned in green, or else in brackets."""
+    parts = []
+    pairs = zip(rendered.input_ids, rendered.labels, strict=True)
+    for is_learned, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+        text = " ".join(_name_tokens([token_id for token_id, _ in run], tokenizer))
+        if is_learned:
+            text = f"\033[32m{text}\033[0m" if in_color else f"[{text}]"
+        parts.append(text)
+    return " ".join(parts)
+
+
+def _name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    names = []
+    for is_byte, run in itertools.groupby(ids, tokenizer.byte_of_id.__contains__):
+        if is_byte:
+            # Python reads half a character as surrogates; like a newline, they are not printable.
+            for character in bytes(tokenizer.byte_of_id[i] for i in run).decode("utf-8", "surrogateescape"):
+                spelled = [f"<0x{byte:02X}>" for byte in character.encode("utf-8", "surrogateescape")]
+                names += [character] if character.isprintable() else spelled
+        else:
+            for is_image, group in itertools.groupby(run, IMAGE_TOKEN_ID.__eq__):
+                same = list(group)
+                names += [f"{IMAGE_MARKER} x {len(same)}"] if is_image else [tokenizer.pieces[i] for i in same]
+    return names
+
+
+def main() -> None:
+    from data.dataset import load_rows  # which imports this module
+
+    parser = argparse.ArgumentParser(description="Show the tokens of a row, and which of them are learned.")
+    parser.add_argument("--show", type=Path, required=True, metavar="FILE", help="LLaVA's JSON, or JSONL")
+    parser.add_argument("--row", type=int, default=0, help="counted from 0")
+    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parent / "tiny/tokenizer.model")
+    parser.add_argument("--template", choices=TEMPLATES, help="of rows that name none; else vicuna_v1")
+    parser.add_argument("--tokens-per-image", type=int, default=576)
+    arguments = parser.parse_args()
+    try:
+        tokenizer = Tokenizer(arguments.tokenizer)
+        rows = load_rows(arguments.show)
+        if not 0 <= arguments.row < len(rows):
+            raise ValueError(f"{arguments.show} has rows 0 to {len(rows) - 1}, none is {arguments.row}")
+        row = rows[arguments.row]
+        try:
+            turns = parse_turns(row)
+            template = row.get("template", arguments.template or "vicuna_v1")
+            rendered = render_conversation(turns, tokenizer, arguments.tokens_per_image, template)
+        except ValueError as error:
+            raise ValueError(f"{arguments.show}, row {arguments.row}: {error}") from error
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(format_tokens(rendered, tokenizer, in_color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    print(f"{len(rendered)} tokens, {rendered.num_supervised} supervised, {rendered.num_images} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,32 +1,66 @@
-"""SentencePiece text <-> ids, and a decoder for streams that never shows half a character."""
+"""Text <-> ids with LLaMA's vocabulary, from either of its files, and a decoder that never shows half a character.
+
+`tokenizer.model` (SentencePiece) and `tokenizer.json` (Hugging Face) hold the same BPE: pieces, in which "▁" stands for
+a space, and bytes for characters that no piece has. Of the JSON only pieces and merges are read: its other parts differ
+between exporters (▁ before a text or not), and would take "</s>" or "<image>" typed by a user for a control token.
+"""
 
 import codecs
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import models
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+UNKNOWN_TEXT = " \N{DOUBLE QUESTION MARK} "  # no text becomes <unk>, but a model can emit it
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+Split = Callable[[str], list[int]]
+
+
+def find_tokenizer(*folders: Path) -> Path:
+    """Return the tokenizer file of the first folder that has one.
+
+    Raises: FileNotFoundError saying what was looked for, and where.
+    """
+    for folder in folders:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(
+        f"no tokenizer: looked for {' and '.join(TOKENIZER_FILES)} in {', '.join(map(str, folders))}; "
+        "copy the file that the language model came with into one of these"
+    )
 
 
 class Tokenizer:
-    """A LLaMA-style `tokenizer.model`: BPE with byte fallback and a leading-space marker."""
+    """BPE with byte fallback. No text becomes a control token: only `render_conversation` places those."""
 
     def __init__(self, file: Path) -> None:
-        """Raises: FileNotFoundError or ValueError when `file` is missing or no SentencePiece model."""
+        """Raises: FileNotFoundError or ValueError when `file` is missing or not a LLaMA-style vocabulary."""
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer {file} is missing")
         self.file = file
-        self.processor = sentencepiece.SentencePieceProcessor()
+        content = file.read_bytes()
+        is_json = content.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{")
         try:
-            self.processor.LoadFromFile(str(file))
-        except RuntimeError as error:
-            raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
-        self.bos_token_id: int = self.processor.bos_id()
-        self.eos_token_id: int = self.processor.eos_id()
-        self.vocab_size: int = self.processor.vocab_size()
+            self.pieces, control, self._split = (_parse_json if is_json else _parse_sentencepiece)(content)
+        except ValueError as error:
+            raise ValueError(f"{file} is not {error}: take the file that the language model came with") from error
+        self.vocab_size = len(self.pieces)
+        self.bos_token_id = self.pieces.index(BOS)
+        self.eos_token_id = self.pieces.index(EOS)
         # Bytes outside the vocabulary are spelled <0xNN>; streaming has to reassemble them into characters.
-        self.byte_of_id = {
-            index: int(self.processor.id_to_piece(index)[3:5], 16)
-            for index in range(self.vocab_size)
-            if self.processor.is_byte(index)
+        self.byte_of_id = {i: BYTE_PIECES[piece] for i, piece in enumerate(self.pieces) if piece in BYTE_PIECES}
+        self.text_of_id = {
+            i: UNKNOWN_TEXT if piece == UNKNOWN else piece
+            for i, piece in enumerate(self.pieces)
+            if piece not in BYTE_PIECES and piece not in control
         }
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -34,16 +68,15 @@ class Tokenizer:
 
         Args:
             continues: the text follows a token directly (as `USER:` follows `</s>`), so it gets no leading space.
+        Raises: ValueError for half a surrogate pair, which is no text.
         """
-        if not continues:
-            return self.processor.EncodeAsIds(text)
-        # A newline is a byte token: nothing merges across it, so what follows it is encoded as if it stood alone.
-        marker = self.processor.EncodeAsIds("\n")
-        return self.processor.EncodeAsIds("\n" + text)[len(marker) :]
+        text.encode("utf-8")
+        return self._split(text if continues else " " + text) if text else []
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`, control tokens left out."""
-        return self.processor.DecodeIds(ids)
+        """Return the text of `ids`. Control tokens and ids outside the vocabulary have none."""
+        decoder = StreamDecoder(self)
+        return "".join(map(decoder.push, ids)) + decoder.finish()
 
 
 class StreamDecoder:
@@ -51,25 +84,110 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.at_start = True
+        self.held = b""  # the beginning of a character
+        self.is_at_start = True
 
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes, possibly none. Joined, the pieces are `decode` of all ids."""
-        if token_id in self.tokenizer.byte_of_id:
-            piece = self.utf8.decode(bytes([self.tokenizer.byte_of_id[token_id]]))
-        elif self.tokenizer.processor.is_control(token_id):
-            return ""
-        elif self.tokenizer.processor.is_unknown(token_id):
-            piece = self.utf8.decode(self.tokenizer.decode([token_id]).encode("utf-8"))
-        else:
-            text = self.tokenizer.processor.id_to_piece(token_id).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
-            if self.at_start:
-                text = text.removeprefix(" ")  # the marker before the first word is no space
-            piece = self.utf8.decode(text.encode("utf-8"))
-        self.at_start = False
-        return piece
+        byte = self.tokenizer.byte_of_id.get(token_id)
+        if byte is not None:
+            self.is_at_start = False
+            self.held += bytes([byte])
+            return self._release()
+        text = self.tokenizer.text_of_id.get(token_id, "")
+        if text and self.is_at_start:
+            self.is_at_start = False
+            text = text.removeprefix(SPACE)  # the marker before the first word is no space
+        return self.finish() + text.replace(SPACE, " ")
 
     def finish(self) -> str:
-        """Return what is still held back: an unfinished character becomes U+FFFD."""
-        return self.utf8.decode(b"", final=True)
+        """Return what is still held back: an unfinished character becomes U+FFFD for each of its bytes."""
+        return self._release(final=True)
+
+    def _release(self, final: bool = False) -> str:
+        text = ""
+        while self.held:
+            try:
+                character, num_bytes = codecs.utf_8_decode(self.held, "strict", final)
+            except UnicodeDecodeError:
+                character, num_bytes = "\N{REPLACEMENT CHARACTER}", 1  # for each wrong byte, as in SentencePiece
+            if num_bytes == 0:
+                break
+            text += character
+            self.held = self.held[num_bytes:]
+        return text
+
+
+def stop_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass an answer's pieces on up to the first of `stops`; what may be the beginning of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        places = [held.index(stop) for stop in stops if stop in held]
+        if places:
+            yield held[: min(places)]
+            return
+        unclear = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - unclear]
+        held = held[len(held) - unclear :]
+    yield held
+
+
+def _parse_sentencepiece(content: bytes) -> tuple[list[str], set[str], Split]:
+    """Return the pieces by id, those that are control tokens, and the function that splits text.
+
+    Raises: ValueError whose text goes on from "the file is not".
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise ValueError(f"a SentencePiece model or a tokenizer.json ({error})") from error
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    _check_pieces(pieces)
+    control = {piece for i, piece in enumerate(pieces) if processor.is_control(i)}
+    return pieces, control, functools.partial(_split_sentencepiece, processor)
+
+
+def _split_sentencepiece(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    # SentencePiece puts ▁ before every text. A newline is a byte token: nothing merges across it, so what follows it
+    # is split as it stands.
+    return processor.EncodeAsIds("\n" + text)[2:]
+
+
+def _parse_json(content: bytes) -> tuple[list[str], set[str], Split]:
+    """Like `_parse_sentencepiece`, from the part `model` of a Hugging Face tokenizer."""
+    try:
+        document = json.loads(content)
+        model, added = document["model"], document.get("added_tokens", [])
+        if model.get("type") != "BPE" or model.get("byte_fallback") is not True:
+            raise ValueError("a LLaMA-style tokenizer.json (its 'model' needs type BPE and byte_fallback true)")
+        vocab = model["vocab"]
+        control = {BOS, EOS, *(token["content"] for token in added)} - {UNKNOWN}
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        pieces = sorted(vocab, key=lambda piece: vocab[piece])
+        is_complete = all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs)
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"a whole tokenizer.json ({type(error).__name__}: {error})") from error
+    if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
+        raise ValueError("a LLaMA-style tokenizer.json (the ids of its 'vocab' need to be 0, 1, 2, ...)")
+    if not is_complete:
+        raise ValueError("a LLaMA-style tokenizer.json (its 'merges' need to be pairs of 'vocab' that are in 'vocab')")
+    _check_pieces(pieces)
+    # In SentencePiece these pieces never arise by merging, but exporters list every merge whose result has an id.
+    reserved = {UNKNOWN, *control, *BYTE_PIECES}
+    pairs = [pair for pair in pairs if "".join(pair) not in reserved]
+    # LLaMA joins spaces last; transformers 5 lists merges by the id of their result, where two spaces come first.
+    pairs.sort(key=lambda pair: set("".join(pair)) == {SPACE})
+    bpe = models.BPE(vocab, pairs, byte_fallback=True, unk_token=UNKNOWN)
+    return pieces, control, functools.partial(_split_bpe, bpe)
+
+
+def _split_bpe(bpe: models.BPE, text: str) -> list[int]:
+    return [token.id for token in bpe.tokenize(text.replace(" ", SPACE))]
+
+
+def _check_pieces(pieces: list[str]) -> None:
+    missing = sorted({UNKNOWN, BOS, EOS, *BYTE_PIECES} - set(pieces))
+    if missing:
+        raise ValueError(f"a LLaMA-style vocabulary (it lacks {', '.join(missing[:5])}{', ...' * (len(missing) > 5)})")

@@ -1,4 +1,4 @@
-"""What the tests of this room share: two vocabularies and a small data set of its own."""
+"""What the tests of this room share: two vocabularies, in two kinds of file, and a small data set of its own."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
 from data.dataset import ConversationDataset, RenderOptions
 from data.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_TOKENIZER
+from tests.data.tokenizer_json import write_tokenizer_json
 
 LLAMA_TOKENIZER = ROOT.parent / "shared/data/llama_tokenizer/tokenizer.model"
 PICTURE_SIZES = ((30, 20), (20, 30), (24, 24), (9, 41), (40, 13))
@@ -20,23 +22,54 @@ MakeDataset = Callable[..., ConversationDataset]
 
 
 @pytest.fixture(scope="session")
+def tiny_processor() -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece itself, the oracle, with the committed vocabulary of 768 pieces."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
+
+
+@pytest.fixture(scope="session")
+def llama_processor() -> sentencepiece.SentencePieceProcessor:
+    """The same with LLaMA's own vocabulary; its licence keeps it out of the repository."""
+    if not LLAMA_TOKENIZER.is_file():
+        pytest.skip(f"LLaMA's tokenizer is not at {LLAMA_TOKENIZER}")
+    return sentencepiece.SentencePieceProcessor(model_file=str(LLAMA_TOKENIZER))
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
-    """The committed vocabulary of 768 pieces."""
     return Tokenizer(TINY_TOKENIZER)
 
 
 @pytest.fixture(scope="session")
-def llama_tokenizer() -> Tokenizer:
-    """LLaMA's own vocabulary; its licence keeps it out of the repository."""
-    if not LLAMA_TOKENIZER.is_file():
-        pytest.skip(f"LLaMA's tokenizer is not at {LLAMA_TOKENIZER}")
+def llama_tokenizer(llama_processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
     return Tokenizer(LLAMA_TOKENIZER)
 
 
-@pytest.fixture(params=["tiny", "llama"])
+@pytest.fixture(scope="session")
+def tiny_json_tokenizer(
+    tiny_processor: sentencepiece.SentencePieceProcessor, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    """The vocabulary as llava-hf writes it, with <image> and <pad> behind its pieces."""
+    return Tokenizer(write_tokenizer_json(tiny_processor, "llava_hf", tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def llama_json_tokenizer(
+    llama_processor: sentencepiece.SentencePieceProcessor, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    return Tokenizer(write_tokenizer_json(llama_processor, "llava_hf", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(params=["tiny", "llama", "tiny_json", "llama_json"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """Both vocabularies, one after the other."""
+    """Both vocabularies, from both kinds of file, one after the other."""
     return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture
+def processor(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece with the vocabulary of `tokenizer`."""
+    return request.getfixturevalue(f"{'tiny' if tokenizer.vocab_size == 768 else 'llama'}_processor")
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,27 @@
 """`render_conversation` against the official code's ids (the vectors were rendered by it), and its own promises."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from data.conversation import (
+    CHAT_TEMPLATES,
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
     SYSTEM,
+    TEMPLATES,
     Rendered,
     Turn,
+    format_tokens,
+    main,
     parse_turns,
     render_conversation,
 )
 from data.tokenizer import Tokenizer
+from tests.conftest import ROOT
 
 P = 5  # placeholders of one image
 
@@ -65,6 +75,33 @@ def test_two_turns_have_the_official_labels(llama_tokenizer: Tokenizer) -> None:
     assert rendered.num_supervised == 6
 
 
+def test_chat_template_differs_in_one_word(llama_tokenizer: Tokenizer) -> None:
+    """The official command line and browser speak of a curious human, training and benchmarks of a user."""
+    user, human = 1404, 5199
+    rendered = render_conversation(TWO_TURNS, llama_tokenizer, 1, "llava_v1")
+    prompt = [human if token == user else token for token in OFFICIAL_PROMPT]
+    assert prompt.count(human) == 2
+    assert rendered.input_ids == prompt + ANSWER_1 + SECOND_TURN + ANSWER_2
+
+
+def test_llama_2_template_is_the_official_one(llama_tokenizer: Tokenizer) -> None:
+    """An answer ends in a space token, and later questions follow a `<s>` of their own, with no space before [INST]."""
+    rendered = render_conversation(TWO_TURNS, llama_tokenizer, 1, "llava_llama_2")
+    system = (
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language."
+    )
+    text = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n \nQ1 [/INST] A1 [INST] Q2 [/INST] A2 "
+    assert llama_tokenizer.decode(rendered.input_ids) == text
+    place = rendered.input_ids.index(IMAGE_TOKEN_ID)
+    inst, end_inst, space = [25580, 29962], [518, 29914, 25580, 29962], 29871
+    assert rendered.input_ids[:4] == [1, 518, *inst]
+    assert rendered.input_ids[place - 2 : place + 5] == [13, 13, IMAGE_TOKEN_ID, space, 13, 29984, 29896]
+    rest = [*end_inst, 319, 29896, space, 2, 1, 29961, *inst, 660, 29906, *end_inst, 319, 29906, space, 2]
+    assert rendered.input_ids[place + 5 :] == rest
+    assert supervised(rendered) == [319, 29896, space, 2, 319, 29906, space, 2]
+
+
 def test_plain_template_is_the_official_one(llama_tokenizer: Tokenizer) -> None:
     """Stage 1 reads no instruction, learns the caption and its newline (13), and has no </s>."""
     turns = [Turn("human", "Describe it.", True), Turn("gpt", "A1")]
@@ -83,7 +120,8 @@ def test_segments_equal_one_tokenisation(tokenizer: Tokenizer, question: str, an
     turns = [Turn("human", question, has_image), Turn("gpt", answer)]
     if has_image:
         head = [*tokenizer.encode(f"{SYSTEM} USER: "), *[IMAGE_TOKEN_ID] * P]
-        tail = tokenizer.encode(f"\n{question} ASSISTANT: {answer}")
+        newline = "\n" if question else ""  # officially stripped from a marker that stands alone
+        tail = tokenizer.encode(f"{newline}{question} ASSISTANT: {answer}")
     else:
         head, tail = [], tokenizer.encode(f"{SYSTEM} USER: {question} ASSISTANT: {answer}")
     rendered = render_conversation(turns, tokenizer, P)
@@ -104,15 +142,17 @@ def test_labels_are_the_answers_alone(tokenizer: Tokenizer, has_image: bool) -> 
     assert rendered.num_images == has_image
 
 
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
 @pytest.mark.parametrize("num_turns", [1, 3, 5])
-def test_prompt_is_a_prefix_of_the_full_document(tokenizer: Tokenizer, num_turns: int) -> None:
+def test_prompt_is_a_prefix_of_the_full_document(tokenizer: Tokenizer, num_turns: int, template: str) -> None:
     """Answering must see exactly what training saw before the same answer."""
     turns = [*TWO_TURNS, Turn("human", "是什么?"), Turn("gpt", "圆形")]
-    prompt = render_conversation(turns[:num_turns], tokenizer, P)
-    full = render_conversation(turns[: num_turns + 1], tokenizer, P)
+    prompt = render_conversation(turns[:num_turns], tokenizer, P, template)
+    full = render_conversation(turns[: num_turns + 1], tokenizer, P, template)
     assert full.input_ids[: len(prompt)] == prompt.input_ids
     assert full.labels[: len(prompt)] == prompt.labels
-    answer = [*tokenizer.encode(turns[num_turns].text), tokenizer.eos_token_id]
+    space = " " if template == "llava_llama_2" else ""
+    answer = [*tokenizer.encode(turns[num_turns].text + space), tokenizer.eos_token_id]
     assert full.input_ids[len(prompt) :] == full.labels[len(prompt) :] == answer
 
 
@@ -131,7 +171,7 @@ def test_image_in_a_later_turn_follows_its_question(tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize("has_image", [True, False])
-@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_each_image_has_p_placeholders(tiny_tokenizer: Tokenizer, template: str, has_image: bool) -> None:
     """The model counts placeholders against features: P for every picture, none without."""
     turns = [Turn("human", "what?", has_image), Turn("gpt", "red")]
@@ -149,7 +189,8 @@ def test_plain_template_without_image(tiny_tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("has_image", [True, False])
-def test_a_branch_is_the_question_asked_alone(tokenizer: Tokenizer, has_image: bool) -> None:
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_a_branch_is_the_question_asked_alone(tokenizer: Tokenizer, template: str, has_image: bool) -> None:
     """Many questions about a picture share its prefix; sharing must not change what any of them is."""
     pairs = [("is it red?", "yes"), ("是什么形状?", "圆形"), ("why?\nsay", "because it is"), ("", "")]
     turns = [
@@ -157,11 +198,11 @@ def test_a_branch_is_the_question_asked_alone(tokenizer: Tokenizer, has_image: b
         for number, (question, answer) in enumerate(pairs)
         for turn in (Turn("human", question, has_image and number == 0), Turn("gpt", answer))
     ]
-    rendered = render_conversation(turns, tokenizer, P, branched=True)
+    rendered = render_conversation(turns, tokenizer, P, template, branched=True)
     assert set(rendered.branch_ids) == {0, 1, 2, 3, 4}
     assert rendered.input_ids.count(IMAGE_TOKEN_ID) == P * has_image
     for number, (question, answer) in enumerate(pairs, start=1):
-        alone = render_conversation([Turn("human", question, has_image), Turn("gpt", answer)], tokenizer, P)
+        alone = render_conversation([Turn("human", question, has_image), Turn("gpt", answer)], tokenizer, P, template)
         assert select(rendered, number) == (alone.input_ids, alone.labels, alone.position_ids)
 
 
@@ -171,6 +212,15 @@ def test_a_branch_without_answer_is_a_prompt(tiny_tokenizer: Tokenizer) -> None:
     rendered = render_conversation(turns, tiny_tokenizer, P, branched=True)
     alone = render_conversation([Turn("human", "why?", True)], tiny_tokenizer, P)
     assert select(rendered, 2) == (alone.input_ids, alone.labels, alone.position_ids)
+
+
+def test_captions_do_not_branch(tiny_tokenizer: Tokenizer) -> None:
+    """A pair of the plain template has nothing to be told from; more of them would see each other in silence."""
+    for turns in (TWO_TURNS[:2], [Turn("human", "hi"), Turn("gpt", "yes")]):
+        one, other = (render_conversation(turns, tiny_tokenizer, P, "plain", branched) for branched in (False, True))
+        assert one == other
+    with pytest.raises(ValueError, match="template 'plain' has no questions to branch at, but 4 turns"):
+        render_conversation(TWO_TURNS, tiny_tokenizer, P, "plain", branched=True)
 
 
 def test_branches_lose_no_image(tiny_tokenizer: Tokenizer) -> None:
@@ -201,7 +251,7 @@ def test_truncation_takes_text_from_the_end(tiny_tokenizer: Tokenizer, has_image
             assert cut.position_ids == [full.position_ids[i] for i in kept]
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("typed", ["</s>", "<s>", "<unk>", "<image>", "</s><s><image><unk></s>", "<0x0A>"])
 def test_typed_control_tokens_stay_text(tokenizer: Tokenizer, typed: str, template: str) -> None:
     """Otherwise a question could end the conversation, speak for the assistant or claim a second picture."""
@@ -227,7 +277,8 @@ def test_text_outside_the_vocabulary_survives(tokenizer: Tokenizer, text: str) -
 
 def test_unknown_template_is_an_error(tiny_tokenizer: Tokenizer) -> None:
     """The official code falls back to vicuna_v1 without a word."""
-    with pytest.raises(ValueError, match=r"'v0' is unknown, expected one of vicuna_v1, plain"):
+    assert len(TEMPLATES) == 4
+    with pytest.raises(ValueError, match=r"'v0' is unknown, expected one of vicuna_v1, llava_v1, llava_llama_2, plain"):
         render_conversation(TWO_TURNS, tiny_tokenizer, P, "v0")
 
 
@@ -280,3 +331,105 @@ def test_marker_in_a_later_question() -> None:
     """The turn that shows the picture keeps it; text without a marker is not touched."""
     turns = parse_turns(make_row(" q ", "a", "<image>\nr", "b", image="x.png"))
     assert turns == [Turn("human", " q "), Turn("gpt", "a"), Turn("human", "r", True), Turn("gpt", "b")]
+
+
+SHOWN_ROW = make_row("<image>\n图龘\x1b?", "red 😀.", "why?", "yes", image="x.png")
+SHOWN = (
+    "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁assistant ▁gives "
+    "▁helpful , ▁detailed , ▁and ▁polite ▁answers ▁to ▁the ▁user ' s ▁questions . ▁USER : ▁ <image> x 7 ▁ <0x0A> 图 龘 "
+    "<0x1B> ? ▁ASSISTANT : [▁red ▁ 😀 . </s>] US ER : ▁w h y ? ▁ASSISTANT : [▁y es </s>]"
+)
+
+
+@pytest.fixture
+def shown_file(tmp_path: Path) -> Path:
+    """Three rows: one that is fine, one without an answer, one with a template that does not exist."""
+    rows = [SHOWN_ROW, make_row("q"), make_row("q", "a") | {"template": "v0"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+def show(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Run `python -m data.conversation` in this process."""
+    monkeypatch.setattr(sys, "argv", ["conversation.py", *map(str, arguments)])
+    main()
+
+
+def test_show_marks_what_is_learned(
+    shown_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One look tells whether the labels are right: brackets in a file or a pipe, green in a terminal."""
+    show(monkeypatch, "--show", shown_file, "--row", 0, "--tokens-per-image", 7)
+    shown, counts = capsys.readouterr().out.splitlines()
+    assert shown == SHOWN
+    # Of the names, the image stands for 7 tokens, 龘 for three bytes and 😀 for four.
+    assert len(shown.replace("<image> x 7", "<image>").split()) == 59
+    assert counts == f"{59 + 6 + 2 + 3} tokens, 11 supervised, 1 images"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show(monkeypatch, "--show", shown_file, "--tokens-per-image", 7)
+    assert capsys.readouterr().out.splitlines()[0] == SHOWN.replace("[", "\033[32m").replace("]", "\033[0m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    show(monkeypatch, "--show", shown_file, "--tokens-per-image", 7)
+    assert capsys.readouterr().out.splitlines()[0] == SHOWN
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_show_takes_a_template(
+    shown_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_tokenizer: Tokenizer,
+    template: str,
+) -> None:
+    """The counts are those of `render_conversation`, with the official number of placeholders."""
+    show(monkeypatch, "--show", shown_file, "--template", template)
+    rendered = render_conversation(parse_turns(SHOWN_ROW), tiny_tokenizer, 576, template)
+    shown, counts = capsys.readouterr().out.splitlines()
+    assert counts == f"{len(rendered)} tokens, {rendered.num_supervised} supervised, 1 images"
+    assert shown == format_tokens(rendered, tiny_tokenizer, in_color=False)
+    assert "<image> x 576" in shown
+
+
+def test_show_spells_half_characters(tokenizer: Tokenizer) -> None:
+    """A limit may cut a character; its bytes stay visible, and every token with a name of its own is named."""
+    ids = [*tokenizer.encode("\n龘", continues=True)[:-1], tokenizer.eos_token_id, *[IMAGE_TOKEN_ID] * 2, 0]
+    rendered = Rendered(ids, [IGNORE_INDEX] * len(ids), [], [], 1)
+    assert format_tokens(rendered, tokenizer, in_color=True) == "<0x0A> <0xE9> <0xBE> </s> <image> x 2 <unk>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--row", 3], "{file} has rows 0 to 2, none is 3"),
+        (["--row", -1], "{file} has rows 0 to 2, none is -1"),
+        (["--row", 1], "{file}, row 1: a conversation needs a question (human) and an answer (gpt)"),
+        (["--row", 2], "{file}, row 2: template 'v0' is unknown"),
+        (["--show", "nowhere.json"], "data file nowhere.json is missing"),
+        (["--tokenizer", "nowhere.model"], "tokenizer nowhere.model is missing"),
+        (["--tokenizer", __file__], "is not a SentencePiece model or a tokenizer.json"),
+    ],
+)
+def test_show_says_what_is_wrong(
+    shown_file: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], message: str
+) -> None:
+    """One line, and no traceback."""
+    with pytest.raises(SystemExit) as caught:
+        show(monkeypatch, "--show", shown_file, *arguments)
+    text = str(caught.value)
+    assert text.startswith("error: ")
+    assert message.format(file=shown_file) in text
+    assert "\n" not in text
+
+
+def test_show_as_a_command(shown_file: Path) -> None:
+    """As the reader types it: the text on standard output, an error on the other, and exit status 1."""
+    command = [sys.executable, "-m", "data.conversation", "--show", str(shown_file), "--tokens-per-image", "7", "--row"]
+    done, failed = (
+        subprocess.run([*command, row], cwd=ROOT, capture_output=True, check=False, encoding="utf-8") for row in "03"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == SHOWN
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == f"error: {shown_file} has rows 0 to 2, none is 3\n"
