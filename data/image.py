@@ -2,6 +2,15 @@
 
 Source: CLIP's preprocessing, and LLaVA-1.5's expand-to-square (image_aspect_ratio "pad").
 Shapes: S image size in pixels.
+
+Note: from an upright 8-bit RGB picture on, the pixels are those of `CLIPImageProcessor` with the same Pillow, to the
+last bit. (Pillow 13 shrinks pictures far taller than wide in another order than 12, and some levels differ by one.)
+Before that, official LLaVA calls `convert("RGB")` and nothing else; `open_image` departs from it for
+- pictures that note how the camera was held: they are turned upright;
+- transparency: it lies on white, where the official code shows whatever colour was hidden;
+- 16-bit grey: the high byte is kept, where the official code shows everything above 255 as white;
+- numbers without an agreed white (floats, 32 bits): refused, where the official code cuts them off.
+Of an animation the first frame is taken, and colour profiles are not applied, as in the official code.
 """
 
 from pathlib import Path
@@ -16,10 +25,13 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(channel * 255) for channel in MEAN)
 ASPECTS = ("pad", "square")
+# What the web and data sets hold. Pillow knows 40 more, one of which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 # A small file can claim to be far larger than memory: as it is, padded to a square, or its short side stretched to S.
+# At these limits and S = 336 the first needs about 2 GB (where there is transparency), the others 1 GB.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 16_384  # pixels
-MAX_ASPECT = 300  # long side to short side
+MAX_ASPECT = 2000  # long side to short side
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
@@ -31,20 +43,36 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError(f"image {name} is missing")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             check_size(image.width, image.height)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                # Converting straight to RGB would show colours that transparency hides.
-                upright = upright.convert("RGBA")
-                ground = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(ground, upright)
-            if upright.mode.startswith("I;16"):
-                # Converting straight to RGB would cut 16 bits off at 255, which turns almost everything white.
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return convert_to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # a damaged file makes the decoders stumble in all sorts of ways
         raise ValueError(f"cannot read {name}: {error}") from error
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Show the picture as a viewer would, on white.
+
+    Raises: ValueError for values without an agreed white.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(reduce_to_8_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def reduce_to_8_bits(image: Image.Image) -> np.ndarray:
+    """Keep the high byte of 16-bit grey, which Pillow opens as one of the modes I;16, I;16B and I."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high > 65_535:
+        raise ValueError(f"its values lie between {low} and {high}, expected 8 or 16 bits: save it as 8-bit PNG")
+    transparent = image.info.get("transparency")  # PNG may name one grey
+    return np.where(values == transparent, 255, values >> 8).astype(np.uint8)
 
 
 def check_size(width: int, height: int) -> None:

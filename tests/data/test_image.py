@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 import data.image
-from data.image import PAD_COLOUR, open_image, pad_to_square, preprocess_image
+from data.image import PAD_COLOUR, convert_to_rgb, open_image, pad_to_square, preprocess_image
 
 SIZES = [(37, 23), (23, 37), (28, 28), (56, 28), (1, 1), (1, 5), (5, 1), (1, 40), (2, 33), (3, 7), (113, 340)]
+SIZES += [(1, 2000), (2000, 1), (3, 1400), (1400, 3)]  # as far as the limits reach
 RED, GREEN, BLUE = (250, 10, 20), (20, 240, 30), (10, 20, 230)
 
 
@@ -227,15 +228,157 @@ def test_pillows_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(encode_image(make_noise(13, 7), "PNG"))
 
 
-def test_sixteen_bits_keep_their_high_byte() -> None:
-    """A plain conversion to RGB cuts off at 255: almost every 16-bit picture would be white."""
+def encode_levels(kind: str) -> io.BytesIO:
+    """16-bit grey in the formats that hold it; Pillow opens them as I;16, I;16, I;16B and I."""
     levels = np.array([[0, 256, 33280, 65535]], dtype=np.uint16)
-    picture = open_image(encode_image(Image.fromarray(levels), "PNG"))
-    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 130, 255]
+    big_endian = levels.astype(">u2").tobytes()
+    if kind == "PGM":
+        return io.BytesIO(b"P5 4 1 65535 " + big_endian)
+    if kind == "TIFF big-endian":
+        return encode_image(Image.frombytes("I;16B", (4, 1), big_endian), "TIFF")
+    return encode_image(Image.fromarray(levels), kind)
 
 
-@pytest.mark.parametrize("size", [(1, 60000), (20000, 100), (1, 400)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF big-endian", "PGM"])
+def test_sixteen_bits_keep_their_high_byte(kind: str) -> None:
+    """A plain conversion to RGB cuts off at 255: almost every 16-bit picture would be white."""
+    picture = open_image(encode_levels(kind))
+    assert picture.mode == "RGB"
+    assert np.asarray(picture)[0].tolist() == [[level] * 3 for level in (0, 1, 130, 255)]
+
+
+def test_transparent_level_of_sixteen_bits() -> None:
+    """PNG can name one of the 65,536 levels transparent."""
+    levels = Image.fromarray(np.array([[0, 256, 33280]], dtype=np.uint16))
+    assert np.asarray(open_image(encode_image(levels, "PNG", transparency=256)))[0, :, 0].tolist() == [0, 255, 130]
+
+
+def test_sixteen_bits_are_upright() -> None:
+    """Two of Pillow's rarer features at once."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = open_image(encode_image(Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), "PNG", exif=exif))
+    assert np.asarray(picture)[:, :, 0].tolist() == [[0], [255]]
+
+
+@pytest.mark.parametrize(
+    "levels", [np.array([[0, 0.5]], "float32"), np.array([[0, 70000]], "int32"), np.array([[-1, 5]], "int32")]
+)
+def test_levels_without_an_agreed_white(levels: np.ndarray) -> None:
+    """Depth maps and the like: whatever were made of them would be a guess."""
+    low, high = levels.min(), levels.max()
+    with pytest.raises(
+        ValueError, match=rf"the picture: its values lie between {low} and {high}, expected 8 or 16 bits"
+    ):
+        open_image(encode_image(Image.fromarray(levels), "TIFF"))
+
+
+KINDS = {
+    "RGB": ("RGB", "PNG"),
+    "grey": ("L", "PNG"),
+    "black and white": ("1", "PNG"),
+    "palette": ("P", "PNG"),
+    "GIF": ("P", "GIF"),
+    "JPEG": ("RGB", "JPEG"),
+    "grey JPEG": ("L", "JPEG"),
+    "CMYK JPEG": ("CMYK", "JPEG"),
+    "CMYK": ("CMYK", "TIFF"),
+    "LAB": ("LAB", "TIFF"),
+    "WebP": ("RGB", "WEBP"),
+    "BMP": ("RGB", "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_become_what_clips_processor_makes_of_them(kind: str) -> None:
+    """From the file on, wherever `convert("RGB")` shows what a viewer shows, tall and wide."""
+    mode, file_format = KINDS[kind]
+    for size in ((61, 37), (19, 57)):
+        noise = make_noise(*size)
+        image = Image.frombytes("LAB", size, noise.tobytes()) if mode == "LAB" else noise.convert(mode)
+        file = encode_image(image, file_format)
+        opened = Image.open(io.BytesIO(file.getvalue()))
+        assert opened.mode in (mode, "RGB")
+        assert torch.equal(preprocess_image(open_image(file), 28, "square"), process_with_transformers(opened, 28))
+        file.seek(0)
+        expected = process_with_transformers(expand_to_square(opened.convert("RGB")), 28)
+        assert torch.equal(preprocess_image(open_image(file), 28, "pad"), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("LAB", (136, 208, 195), (255, 0, 0)),  # L 53 %, a +80, b +67; Pillow stores a and b from -128 on
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+        ("YCbCr", (76, 85, 255), (254, 0, 0)),
+        ("RGBX", (*RED, 0), RED),
+        ("PA", (0, 0), (255, 255, 255)),
+        ("RGBa", (0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
+def test_rare_modes(mode: str, colour: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """None of them is read as if its numbers were red, green and blue."""
+    found = convert_to_rgb(Image.new(mode, (2, 1), colour)).getpixel((1, 0))
+    assert np.abs(np.subtract(found, expected)).max() <= 12, found  # type: ignore[arg-type]
+
+
+def test_palette_with_degrees_of_transparency() -> None:
+    """PNG gives each colour of a palette its own opacity."""
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *GREEN, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    opened = open_image(encode_image(image, "PNG", transparency=bytes([255, 0, 51])))
+    assert [opened.getpixel((x, 0)) for x in range(3)] == [RED, (255, 255, 255), (204, 204, 204)]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(kind: str) -> None:
+    """What a page shows at first."""
+    frames = [Image.new("RGB", (8, 6), colour) for colour in (RED, GREEN, BLUE)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = encode_image(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(file.getvalue())) as opened:
+        assert opened.n_frames == 3  # type: ignore[attr-defined]
+    assert open_image(file).getpixel((4, 3)) == RED
+
+
+def test_contents_decide_not_the_name(tmp_path: Path) -> None:
+    """Data sets hold GIF files called .jpg."""
+    file = tmp_path / "x.jpg"
+    file.write_bytes(encode_image(Image.new("RGB", (5, 4), RED), "GIF").getvalue())
+    assert open_image(file).getpixel((2, 2)) == RED
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1" + bytes(30)])
+def test_formats_that_are_not_read(content: bytes) -> None:
+    """Pillow would start another program for the first of them."""
+    with pytest.raises(ValueError, match="cannot read the picture: it is none of JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM"):
+        open_image(io.BytesIO(content))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files() -> None:
+    """Whatever a decoder raises, the user sees one kind of error."""
+    random = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = make_noise(19, 13)
+    files = [encode_image(image, kind, exif=exif).getvalue() for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")]
+    files += [encode_image(image, kind).getvalue() for kind in ("GIF", "BMP", "PPM")]
+    num_refused = 0
+    for content in files * 40:
+        damaged = np.frombuffer(content, dtype=np.uint8).copy()
+        damaged[random.integers(0, min(len(damaged), 300), 5)] = random.integers(0, 256, 5)
+        try:
+            assert open_image(io.BytesIO(damaged.tobytes())).mode == "RGB"
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize("size", [(1, 2001), (20000, 100), (1, 60000), (4002, 2)])
 def test_shapes_that_would_fill_the_memory(size: tuple[int, int]) -> None:
     """Padded to a square or stretched, a few bytes of picture would become gigabytes."""
     with pytest.raises(ValueError, match=r"cannot read the picture: .* the limits are"):
         open_image(encode_image(Image.new("RGB", size), "PNG"))
+    assert open_image(encode_image(Image.new("RGB", (1, 2000)), "PNG")).size == (1, 2000)
