@@ -16,10 +16,11 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data.tokenizer import Tokenizer  # noqa: E402
+from data.tokenizer import Tokenizer, find_tokenizer  # noqa: E402
 from eval import easy_vqa  # noqa: E402
 from eval.predict import answer_questions  # noqa: E402
-from model.weights import TOKENIZER_FILE, load_llava, replace_folder  # noqa: E402
+from model.files import replace_folder  # noqa: E402
+from model.weights import build_llava, open_checkpoint  # noqa: E402
 
 
 def main() -> None:
@@ -44,8 +45,9 @@ def main() -> None:
 
 def evaluate(folder: Path, questions: list[dict], data: Path, device: str) -> dict:
     """Answer every question with one model; write predictions and scores; return the scores."""
-    model = load_llava(folder, device=device)
-    tokenizer = Tokenizer(folder / TOKENIZER_FILE)
+    checkpoint = open_checkpoint(folder)
+    model = build_llava(checkpoint, device=device)
+    tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
     by_image: dict[str, list[dict]] = {}
     for row in questions:
         by_image.setdefault(row["image"], []).append(row)

@@ -1,105 +1,202 @@
-"""Weights in, weights out. A model folder holds `config.json`, `model.safetensors` and `tokenizer.model`.
+"""A LLaVA from disk, in any of its layouts; a model folder of our own to disk.
 
-Loading is strict: a tensor that is missing, unknown or of another shape is an error that lists them all.
+`open_checkpoint` finds the parts of a model and lists their tensors by our names, `load_llava` builds the model from
+them. Loading is strict: a tensor that is missing, unknown or of another shape is an error that lists them all. The few
+names that may be there without being read are `model.layouts.NOT_READ`.
+
+A folder is what its files say, never what it is called:
+- our own (`runs/<name>/final`), official LLaVA-1.5 and llava-hf hold a language model and a projector, and the tower
+  or the name of its repository;
+- a folder with a projector only (stage 1) needs `base`, a LLaMA or Vicuna;
+- a folder with `adapter_config.json` (PEFT's or official LoRA) needs `base`, what it was trained on.
 """
 
-import contextlib
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import LlavaConfig
+from model.config import MODEL_TYPE, LlavaConfig
+from model.files import StoredTensor, open_folder, read_json, replace_folder, write_json, write_shards
+from model.hub import resolve_folder
+from model.layouts import (
+    OFFICIAL_CHAT,
+    check_llava_settings,
+    is_llava,
+    read_llama_config,
+    read_vision_config,
+    to_our_name,
+    vision_tower_name,
+)
 from model.llava import Llava
+from model.lora import ADAPTER_CONFIG, Adapter, attach_adapter, load_adapter, merge_adapter
+from model.quantize import QuantizedLinear, quantize_linears, quantize_weight
 
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG_FILE = "config.json"
+BITS = (16, 8, 4)
 
 
-def load_llava(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llava:
-    """Read a model folder.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole LLaVA on disk, gathered from as many folders as it is spread over."""
 
-    Raises: FileNotFoundError for a folder that lacks a file; ValueError for a file that is not what it should be.
+    config: LlavaConfig
+    tensors: dict[str, StoredTensor]  # by our names
+    adapter: Adapter | None  # its matrices; what it trained whole is among the tensors already
+    folders: tuple[Path, ...]  # where its tokenizer may be, the likeliest first
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the language model is stored in."""
+        return self.tensors["language_model.embed_tokens.weight"].dtype
+
+
+def load_llava(
+    path: str | Path,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    bits: int = 16,
+) -> Llava:
+    """Read a model from folders or repositories of the Hugging Face hub.
+
+    Args: see `open_checkpoint` and `build_llava`.
+    Raises: FileNotFoundError for a file that is missing; ValueError for one that is not what it should be.
     """
-    config = load_config(folder)
+    return build_llava(open_checkpoint(path, base, vision_tower, adapter), dtype, device, bits)
+
+
+def build_llava(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    bits: int = 16,
+) -> Llava:
+    """Make the model, one tensor after the other, each at once in its final form.
+
+    In 16 bits an adapter is merged into the weights; over 8 or 4 bits it stays beside them, as it was trained.
+
+    Args:
+        dtype: of the weights that are not quantised; None is the one the language model is stored in, which costs no
+            memory on a CPU: the files are mapped.
+        bits: of the language model's linear layers; 16 leaves them in `dtype`.
+    Raises: ValueError for a number of bits there is not, or a tensor that cannot be quantised.
+    """
+    if bits not in BITS:
+        raise ValueError(f"{bits} bits a weight, expected one of {', '.join(map(str, BITS))}")
     with torch.device("meta"):
-        model = Llava(config)
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
-            wanted = list_shapes(model.state_dict())
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(wanted, found, folder / WEIGHTS_FILE)
-            tensors = {name: file.get_tensor(name).to(dtype) for name in wanted}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file ({error}): copy it again") from error
+        model = Llava(checkpoint.config)
+    stored, adapter = checkpoint.tensors, checkpoint.adapter
+    if adapter is not None and bits == 16:
+        stored = merge_adapter(stored, adapter)
+    dtype = dtype or checkpoint.dtype
+    if bits != 16:
+        quantize_linears(model, bits)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QuantizedLinear):
+            try:
+                parts = quantize_weight(tensor.load().to(device), bits)
+            except ValueError as error:
+                raise ValueError(f"{tensor.source}: {error}") from error
+            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+        else:
+            tensors[name] = tensor.load().to(device, dtype)
     model.load_state_dict(tensors, assign=True)
+    if adapter is not None and bits != 16:
+        attach_adapter(model, adapter, dtype, device)
     return model.eval()
 
 
-def load_config(folder: Path) -> LlavaConfig:
-    """Read the architecture of a model folder, after checking that every file is there."""
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"model folder {folder} lacks {', '.join(missing)}: a folder that training wrote (runs/<name>/final) "
-            "holds all three"
-        )
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} holds a {type(values).__name__}, expected an object")
-    return LlavaConfig.from_dict(values)
+def open_checkpoint(
+    path: str | Path,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    adapter: str | Path | None = None,
+) -> Checkpoint:
+    """Find the parts of a model and list their tensors, after checking that they fit together.
+
+    Args:
+        path: a model, a projector or an adapter: a folder, or a repository of the hub.
+        base: what a projector or an adapter belongs to.
+        vision_tower: a CLIP to take the tower from; otherwise the model's own, or the one that its config names.
+        adapter: a LoRA on top of `path`; the same as `path=adapter, base=path`.
+    Raises: FileNotFoundError for a file that is missing; ValueError for parts that do not go together.
+    """
+    folder = resolve_folder(path)
+    adapter_folder = None if adapter is None else resolve_folder(adapter)
+    if (folder / ADAPTER_CONFIG).is_file():
+        if adapter_folder is not None:
+            raise ValueError(f"{path} is an adapter itself: only one can be loaded")
+        adapter_folder, folder = folder, _resolve_base(path, base, "an adapter", _named_base(folder))
+        base = None
+    parts = [folder]
+    tensors = _open_renamed(folder)
+    if not any(name.startswith("language_model.") for name in tensors):
+        if not tensors:
+            raise FileNotFoundError(
+                f"{path} holds no weights: a model folder has {CONFIG_FILE} and .safetensors or .bin"
+            )
+        parts.append(_resolve_base(path, base, "a projector without a language model", None))
+        tensors = _open_renamed(parts[-1]) | tensors
+    elif base is not None:
+        raise ValueError(f"{path} holds a language model of its own: leave out the base {base}")
+    loaded = None if adapter_folder is None else load_adapter(adapter_folder)
+    if loaded is not None:
+        parts.insert(0, loaded.folder)
+        tensors |= loaded.trained_whole
+    configs = [read_json(part / CONFIG_FILE) for part in parts if (part / CONFIG_FILE).is_file()]
+    if not configs:
+        raise FileNotFoundError(f"{path} lacks {CONFIG_FILE}")
+    # An adapter's or projector's folder says which LLaVA it makes of its base; the base says how large that is.
+    llava_values = next((values for values in configs if is_llava(values)), {})
+    check_llava_settings(llava_values)
+    text = read_llama_config(configs[-1])
+    vision_values: Mapping[str, Any] = llava_values
+    if vision_tower is not None or not any(name.startswith("vision_tower.") for name in tensors):
+        tower_folder = resolve_folder(vision_tower or vision_tower_name(llava_values))
+        tower = {
+            name: tensor for name, tensor in _open_renamed(tower_folder).items() if name.startswith("vision_tower.")
+        }
+        if not tower:
+            raise ValueError(f"{tower_folder} holds no CLIP vision tower")
+        tensors |= tower
+        layers = {
+            key: llava_values[key] for key in ("mm_vision_select_layer", "vision_feature_layer") if key in llava_values
+        }
+        vision_values = {**read_json(tower_folder / CONFIG_FILE), **layers}
+    config = LlavaConfig(text=text, vision=read_vision_config(vision_values, tensors))
+    is_ours = llava_values.get("model_type") == MODEL_TYPE
+    chat_template = llava_values.get("chat_template", config.chat_template) if is_ours else OFFICIAL_CHAT
+    config = replace(config, chat_template=chat_template)
+    with torch.device("meta"):
+        wanted = list_shapes(Llava(config).state_dict())
+    _check_shapes(wanted, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    if loaded is not None:
+        _check_adapter(wanted, loaded)
+    return Checkpoint(config, tensors, loaded, tuple(parts))
 
 
 def save_llava(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor], tokenizer_file: Path) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder of our own layout, whole or not at all.
 
     Raises: OSError when it cannot be written, ValueError when `tensors` are not the model's; what stood at `folder`
         before is then still there.
     """
     with torch.device("meta"):
         wanted = list_shapes(Llava(config).state_dict())
-    _check_shapes(wanted, list_shapes(tensors), folder / WEIGHTS_FILE)
+    _check_shapes(wanted, list_shapes(tensors), str(folder))
     with replace_folder(folder) as temporary:
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-        shutil.copyfile(tokenizer_file, temporary / TOKENIZER_FILE)
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS_FILE)
-        except SafetensorError as error:  # safetensors wraps the system's error, a full disk among them
-            raise OSError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
-
-
-@contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its place only if the block ends well."""
-    folder = folder.resolve()
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if old.exists():
-            os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        write_json(temporary / CONFIG_FILE, config.to_dict())
+        shutil.copyfile(tokenizer_file, temporary / f"tokenizer{tokenizer_file.suffix}")
+        write_shards(temporary, {name: StoredTensor.wrap(tensor, name) for name, tensor in tensors.items()})
 
 
 def list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -107,13 +204,62 @@ def list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"unknown {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {found[name]}, config.json says {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name] != wanted[name]
-    ]
+def _open_renamed(folder: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in open_folder(folder).items():
+        ours = to_our_name(name)
+        if ours in tensors:
+            raise ValueError(f"{folder} holds two tensors for {ours}: {tensors[ours].source} and {tensor.source}")
+        if ours is not None:
+            tensors[ours] = tensor
+    return tensors
+
+
+def _named_base(folder: Path) -> str | None:
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return str(name) if name else None
+
+
+def _resolve_base(path: str | Path, base: str | Path | None, what: str, named: str | None) -> Path:
+    if base is None:
+        # The name in the file is where somebody once had the base: a hint for a person, not an address.
+        hint = f" (it was trained on {named!r})" if named else ""
+        raise ValueError(f"{path} is {what}: say with --model-base (base=) what it belongs to{hint}")
+    return resolve_folder(base)
+
+
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    missing = sorted(wanted.keys() - found.keys())
+    unknown = sorted(found.keys() - wanted.keys())
+    misshapen = sorted(name for name in wanted.keys() & found.keys() if found[name] != wanted[name])
+    if not (missing or unknown or misshapen):
+        return
+    problems = [f"missing {name} {wanted[name]}" for name in missing]
+    problems += [f"unknown {name} {found[name]}" for name in unknown]
+    problems += [f"{name} is {found[name]}, config.json says {wanted[name]}" for name in misshapen]
+    causes = []
+    if misshapen and all(name.startswith("projector.") for name in misshapen):
+        causes.append("the projector belongs to a language model or a tower of another size")
+    if not any(name.startswith("projector.") for name in found):
+        causes.append("a language model alone is no LLaVA: give its projector as the model and it as the base")
+    if misshapen and all(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in misshapen):
+        causes.append("tokens were added to the vocabulary, or config.json is another model's")
+    if any(".base_layer." in name or ".lora_" in name for name in unknown):
+        causes.append("an adapter was saved inside the model: merge it, or save it by itself")
+    if any(name.startswith("vision_tower.layers.") for name in (*missing, *unknown)):
+        causes.append("the tower is another CLIP than config.json says")
+    cause = f"\nlikely cause: {'; '.join(causes)}" if causes else ""
+    raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems) + cause)
+
+
+def _check_adapter(wanted: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
+    problems = []
+    for layer, factors in adapter.factors.items():
+        fits = (factors.lora_B.shape[0], factors.lora_A.shape[1])
+        if (shape := wanted.get(f"{layer}.weight")) != fits:
+            problems.append(f"{layer} is {shape or 'not there'} in the base, the adapter was trained on {fits}")
     if problems:
-        raise ValueError(f"{file} does not fit its config.json:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"the adapter {adapter.folder} does not fit its base:\n  " + "\n  ".join(problems)
+            + "\nlikely cause: it was trained on a base of another size (7B and 13B are not exchangeable)"
+        )  # fmt: skip

@@ -33,14 +33,14 @@ class TrainConfig:
     data: str  # conversation file, JSON or JSONL
 
     # Start
-    model: str = ""  # a size to start at random ("tiny"), or a model folder; "" is what the stage before left
+    model: str = ""  # a size to start at random ("tiny"), a model folder or hub id; "" is what the stage before left
     tokenizer: str = ""  # used with a size, "" is the tiny vocabulary; a model folder brings its own
     seed: int = 0  # decides random weights, the order of the data, augmentation
 
     # Data
     held_out: str = ""  # conversation file to measure on; "" measures nothing
     image_folder: str = ""  # what the files' image paths are relative to; "" is the data file's own folder
-    template: str = "vicuna_v1"  # vicuna_v1: questions and answers; plain: picture and caption (stage 1)
+    template: str = "vicuna_v1"  # of data/conversation.py: vicuna_v1 for tuning; plain, picture and caption, for stage 1
     aspect: str = "pad"  # pad: the whole picture on a square ground; square: its middle (official stage 1)
     branched: bool = False  # turns are independent questions: all see the picture, none sees another
     augment_pixels: int = 0  # shift pictures by up to this many pixels, mirror half of them

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -26,10 +27,10 @@ from data.conversation import IGNORE_INDEX  # noqa: E402
 from data.dataset import ConversationDataset, RenderOptions  # noqa: E402
 from data.packing import StepDataset  # noqa: E402
 from data.prepare import easy_vqa  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from data.tokenizer import Tokenizer, find_tokenizer  # noqa: E402
 from model.config import CONFIGS  # noqa: E402
 from model.llava import Llava, initialize_weights  # noqa: E402
-from model.weights import TOKENIZER_FILE, load_llava, save_llava  # noqa: E402
+from model.weights import build_llava, open_checkpoint, save_llava  # noqa: E402
 from train.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from train.config import TrainConfig, format_config, load_configs  # noqa: E402
 from train.loop import StopRequest, train  # noqa: E402
@@ -206,7 +207,10 @@ def run_stage(
     if is_finished:
         tensors = {name: gather(tensor) for name, tensor in llava.state_dict().items()}
         if ranks.is_first:
-            save_llava(folder / "final", llava.config, tensors, tokenizer.file)
+            # It is talked to in the words it was tuned on; stage 1's template has none for that.
+            chat_template = llava.config.chat_template if config.template == "plain" else config.template
+            saved = replace(llava.config, chat_template=chat_template)
+            save_llava(folder / "final", saved, tensors, tokenizer.file)
     if ranks.is_first:
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", config.name)
         print(f"{config.name}: {'finished' if is_finished else 'stopped, the same command goes on from here'}")
@@ -221,10 +225,12 @@ def load_start(config: TrainConfig, previous: Path | None) -> tuple[Llava, Token
         llava = Llava(CONFIGS[config.model])
         initialize_weights(llava, llava.config.text.hidden_size**-0.5, config.seed)
     else:
-        folder = Path(config.model) if config.model else previous
+        folder = config.model or previous
         if folder is None:
             raise ValueError(f"{config.name}: the first stage needs model = a folder or one of {', '.join(CONFIGS)}")
-        llava, tokenizer = load_llava(folder), Tokenizer(folder / TOKENIZER_FILE)
+        checkpoint = open_checkpoint(folder)
+        llava = build_llava(checkpoint, torch.float32)
+        tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
     if tokenizer.vocab_size > llava.config.text.vocab_size:
         raise ValueError(
             f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the model {llava.config.text.vocab_size}: "

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.llava import Llava
-from model.weights import TOKENIZER_FILE, WEIGHTS_FILE, load_llava, save_llava
+from model.weights import load_llava, save_llava
 from tests.model.small_llava import CONFIG, make_llava, make_pixels
 
 NAME = "language_model.layers.1.mlp.up_proj.weight"
@@ -89,18 +89,32 @@ def test_saving_replaces_the_whole_folder(llava: Llava, folder: Path, tokenizer_
     }
 
 
-@pytest.mark.parametrize("missing", [["config.json"], ["model.safetensors", "tokenizer.model"]])
-def test_missing_files_are_named(folder: Path, missing: list[str]) -> None:
-    for name in missing:
-        (folder / name).unlink()
-    message = re.escape(f"model folder {folder} lacks {', '.join(missing)}: a folder that training wrote")
-    with pytest.raises(FileNotFoundError, match=message):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("config.json", "{folder} lacks config.json"), ("model.safetensors", "{folder} holds no weights: a model folder")],
+)
+def test_missing_files_are_named(folder: Path, missing: str, message: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(message.format(folder=folder))):
         load_llava(folder)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(f"model folder {tmp_path / 'typo'} lacks config.json")):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "typo"))):
         load_llava(tmp_path / "typo")
+
+
+def test_as_stored_is_mapped_and_not_copied(folder: Path) -> None:
+    """The default costs no memory: the weights are the file's pages. Writing to them does not change the file."""
+    before = (folder / "model.safetensors").read_bytes()
+    loaded = load_llava(folder)
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    spans = [line.split()[0].split("-") for line in maps if line.endswith("model.safetensors")]
+    address = loaded.get_parameter(NAME).data_ptr()
+    assert any(int(start, 16) <= address < int(end, 16) for start, end in spans)
+    with torch.no_grad():
+        loaded.get_parameter(NAME).zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_every_wrong_tensor_is_named_at_once(folder: Path) -> None:
@@ -114,7 +128,7 @@ def test_every_wrong_tensor_is_named_at_once(folder: Path) -> None:
     with pytest.raises(ValueError, match="does not fit") as error:
         load_llava(folder)
     assert str(error.value).splitlines() == [
-        f"{file} does not fit its config.json:",
+        f"{folder} does not fit its config.json:",
         "  missing language_model.norm.weight (48,)",
         "  missing projector.linear_2.bias (48,)",
         "  unknown projector.linear_3.weight (2, 3)",
@@ -128,7 +142,8 @@ def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(ValueError, match=re.escape(f"{file} is not a whole safetensors file (") + ".*: copy it again$"):
+    message = rf"{re.escape(str(file))} \(\d+ bytes\) is cut off or no safetensors file .*: download or copy it again$"
+    with pytest.raises(ValueError, match=message):
         load_llava(folder)
 
 
@@ -138,7 +153,7 @@ def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
         (b'{"model_type": "plain_llava",', "is not JSON: "),
         (b"\xff\xfe{}", "is not JSON: "),
         (b"[1, 2]", "holds a list, expected an object"),
-        (b"{}", "config.json has model_type None, expected 'plain_llava'"),
+        (b"{}", "config.json has neither a text_config nor a hidden_size: it describes no LLaMA"),
         (b'{"model_type": "plain_llava"}', "config.json has no object 'vision_config'"),
     ],
 )
@@ -173,11 +188,11 @@ def test_failed_save_destroys_nothing(
         save_llava(folder, CONFIG, llava.state_dict(), tokenizer_file)
     before = read_files(folder.parent)
 
-    def write_half(tensors: object, file: Path) -> None:
+    def write_half(tensors: object, file: Path, metadata: object) -> None:
         file.write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr("model.weights.save_file", write_half)
+    monkeypatch.setattr("model.files.save_file", write_half)
     with pytest.raises(OSError, match="No space left on device"):
         save_llava(folder, CONFIG, make_llava(seed=2).state_dict(), tokenizer_file)
     assert read_files(folder.parent) == before
@@ -193,10 +208,10 @@ def test_failed_save_of_the_tokenizer_destroys_nothing(llava: Llava, folder: Pat
 
 def test_saving_tensors_that_are_not_the_models_leaves_the_old_folder(folder: Path) -> None:
     """An incomplete set would only be noticed when it is loaded again, long after the good one is gone."""
-    before = (folder / WEIGHTS_FILE).read_bytes()
+    before = (folder / "model.safetensors").read_bytes()
     model = load_llava(folder)
     tensors = dict(model.state_dict())
     del tensors["projector.linear_1.bias"]
     with pytest.raises(ValueError, match=r"missing projector\.linear_1\.bias"):
-        save_llava(folder, model.config, tensors, folder / TOKENIZER_FILE)
-    assert (folder / WEIGHTS_FILE).read_bytes() == before
+        save_llava(folder, model.config, tensors, folder / "tokenizer.model")
+    assert (folder / "model.safetensors").read_bytes() == before
