@@ -166,7 +166,7 @@ def write_shards(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes:
             room = shard_bytes
         shards[-1].append(name)
         room -= tensor.num_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         shard = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

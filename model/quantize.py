@@ -186,16 +186,19 @@ def quantize_weight(weight: Tensor, bits: int) -> dict[str, Tensor]:
     Raises: ValueError for a value that is not finite, or bits other than 4 and 8.
     """
     _check_bits(bits)
-    weight = weight.float()
+    weight = weight.to(torch.float32, copy=True)  # worked on in place: most of the time goes into touching memory
     if bits == 8:
         scale = _round_up_to_bf16(weight.abs().amax(dim=1, keepdim=True) / 127)
-        codes = (weight / _avoid_zero(scale)).round()
-        return {"weight_codes": codes.to(torch.int8), "weight_scale": scale}
-    weight = F.pad(weight, (0, -weight.shape[1] % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))  # (O, G, 64)
-    low, high = weight.amin(dim=-1).clamp(max=0), weight.amax(dim=-1).clamp(min=0)
+        return {"weight_codes": weight.div_(_avoid_zero(scale)).round_().to(torch.int8), "weight_scale": scale}
+    if missing := -weight.shape[1] % GROUP_SIZE:
+        weight = F.pad(weight, (0, missing))
+    weight = weight.unflatten(1, (-1, GROUP_SIZE))  # (O, G, 64)
+    low, high = weight.aminmax(dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _round_up_to_bf16((high - low) / 15)
-    zero = (-low / _avoid_zero(scale)).round()
-    codes = ((weight / _avoid_zero(scale)[..., None]).round() + zero[..., None]).clamp(0, 15).to(torch.uint8)
+    step = _avoid_zero(scale)
+    zero = (-low / step).round()
+    codes = weight.div_(step[..., None]).round_().add_(zero[..., None]).clamp_(0, 15).to(torch.uint8)
     first, second = codes.chunk(2, dim=-1)
     return {"weight_codes": first | (second << 4), "weight_scale": scale, "weight_zero": zero.to(torch.uint8)}
 

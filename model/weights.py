@@ -171,7 +171,7 @@ def open_checkpoint(
         layers = {
             key: llava_values[key] for key in ("mm_vision_select_layer", "vision_feature_layer") if key in llava_values
         }
-        vision_values = {**read_json(tower_folder / CONFIG_FILE), **layers}
+        vision_values = read_json(tower_folder / CONFIG_FILE) | layers
     config = LlavaConfig(text=text, vision=read_vision_config(vision_values, tensors))
     is_ours = llava_values.get("model_type") == MODEL_TYPE
     chat_template = llava_values.get("chat_template", config.chat_template) if is_ours else OFFICIAL_CHAT

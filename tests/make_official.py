@@ -49,7 +49,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
         torch.save({name: fill(name, tensors[name], torch.float16) for name in names}, folder / file)

@@ -40,7 +40,7 @@ class TrainConfig:
     # Data
     held_out: str = ""  # conversation file to measure on; "" measures nothing
     image_folder: str = ""  # what the files' image paths are relative to; "" is the data file's own folder
-    template: str = "vicuna_v1"  # of data/conversation.py: vicuna_v1 for tuning; plain, picture and caption, for stage 1
+    template: str = "vicuna_v1"  # data/conversation.py has them: vicuna_v1 for tuning, plain for stage 1
     aspect: str = "pad"  # pad: the whole picture on a square ground; square: its middle (official stage 1)
     branched: bool = False  # turns are independent questions: all see the picture, none sees another
     augment_pixels: int = 0  # shift pictures by up to this many pixels, mirror half of them

@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from eval import easy_vqa
 from eval.predict import answer_questions
 from model.generate import generate
-from model.weights import TOKENIZER_FILE, load_llava
+from model.weights import load_llava
 from tests.launch import run_script
 
 
@@ -43,7 +43,7 @@ def test_the_two_bars(easy_vqa_folder: Path) -> None:
 
 def test_shared_trunks_answer_like_one_question_at_a_time(easy_vqa_folder: Path, tiny_model_folder: Path) -> None:
     model = load_llava(tiny_model_folder)
-    tokenizer = Tokenizer(tiny_model_folder / TOKENIZER_FILE)
+    tokenizer = Tokenizer(tiny_model_folder / "tokenizer.model")
     paths = [easy_vqa_folder / f"images/test/{number}.png" for number in range(3)]
     asked = [["is it red?"], ["what color is the shape?", "is there a circle in the image?"], ["what do you see?"]]
     groups = list(zip(paths, asked, strict=True))

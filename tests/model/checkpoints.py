@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import LlavaConfig
 from model.llama import LlamaConfig
@@ -97,7 +96,7 @@ def write_bin_shards(folder: Path, tensors: Mapping[str, Tensor], num_shards: in
         torch.save(dict(tensors), folder / "pytorch_model.bin")
         return
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(num_shards):
         file = f"pytorch_model-{number + 1:05d}-of-{num_shards:05d}.bin"
         part = names[number * len(names) // num_shards : (number + 1) * len(names) // num_shards]
@@ -159,9 +158,9 @@ def write_projector(folder: Path, model: Llava, tower: str, prefix: str) -> Path
     return folder
 
 
-def make_hf_model(model: Llava, num_padding_rows: int) -> hf.LlavaForConditionalGeneration:
+def make_hf_model(model: Llava, num_padding_rows: int) -> Any:
     """Return transformers' model with our weights and a padded vocabulary, as llava-hf has it."""
-    oracle = make_llava_oracle(model.config)
+    oracle: Any = make_llava_oracle(model.config)  # type checkers misread its `to`
     copy_to_oracle(model, oracle, LLAVA_PREFIXES)
     rows = model.config.text.vocab_size + num_padding_rows
     oracle.resize_token_embeddings(rows, mean_resizing=False)
@@ -201,7 +200,7 @@ def _hub_name(name: str) -> str:
     raise AssertionError(name)
 
 
-LORA = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.05}
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.05}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -225,10 +224,10 @@ def write_official_lora(folder: Path, model: Llava, tower: str, seed: int = 7) -
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, module in model.language_model.named_modules():
-        if name.split(".")[-1] in LINEARS:
-            outputs, inputs = module.weight.shape  # type: ignore[union-attr,misc]
-            lora_A = torch.randn(LORA["r"], inputs, generator=generator) * 0.1  # type: ignore[call-overload]
-            lora_B = torch.randn(outputs, LORA["r"], generator=generator) * 0.1  # type: ignore[call-overload]
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in LINEARS:
+            outputs, inputs = module.weight.shape
+            lora_A = torch.randn(LORA["r"], inputs, generator=generator) * 0.1
+            lora_B = torch.randn(outputs, LORA["r"], generator=generator) * 0.1
             factors[f"model.{name}"] = (lora_A.half(), lora_B.half())
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():

@@ -73,9 +73,10 @@ def their_logits(model: Any) -> Tensor:
 
 def load_strictly(folder: Path) -> Any:
     """Load with transformers; a tensor that is missing or left over is an error."""
-    model, info = hf.LlavaForConditionalGeneration.from_pretrained(
+    loaded: Any = hf.LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
+    model, info = loaded
     assert not any(info.values()), info
     return model.eval()
 

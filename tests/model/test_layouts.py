@@ -262,7 +262,8 @@ def test_another_architecture_is_refused(
 
 def test_settings_decide_and_not_our_sizes(tmp_path: Path, llava: Llava, clip: Path, tokenizer: Path) -> None:
     """What is easily hard-coded: LLaMA-1 had another epsilon and fewer positions."""
-    changes = {"rms_norm_eps": 1e-6, "max_position_embeddings": 96, "mm_vision_select_layer": -3, "rope_theta": 5e5}
+    changes: dict[str, Any] = {"rms_norm_eps": 1e-6, "max_position_embeddings": 96, "rope_theta": 5e5}
+    changes["mm_vision_select_layer"] = -3
     config = load_llava(write_official(tmp_path / "model", llava, str(clip), False, tokenizer, **changes)).config
     assert (config.text.rms_norm_eps, config.text.max_position_embeddings, config.text.rope_theta) == (1e-6, 96, 5e5)
     assert config.vision.select_layer == -3
