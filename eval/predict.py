@@ -42,7 +42,7 @@ def answer_questions(
 def _answer_batch(
     model: Llava, tokenizer: Tokenizer, groups: Sequence[tuple[Path, Sequence[str]]], max_new_tokens: int
 ) -> list[str]:
-    vision, weight = model.config.vision, model.language_model.lm_head.weight
+    vision = model.config.vision
     pixel_values = torch.stack([preprocess_image(open_image(path), vision.image_size) for path, _ in groups])
     trunks, questions = [], []
     for _, texts in groups:
@@ -51,9 +51,9 @@ def _answer_batch(
             trunk_length = max(place for place, token in enumerate(ids) if token < 0) + 1
             questions.append(torch.tensor(ids[trunk_length:]))
         trunks.append(torch.tensor(ids[:trunk_length]))  # the same for every question about the picture
-    trunk_cache = KVCache(model.config.text, len(trunks), len(trunks[0]), weight.dtype, weight.device)
+    trunk_cache = KVCache(model.language_model, len(trunks), len(trunks[0]))
     prefill(model, trunk_cache, trunks, model.encode_images(pixel_values))
-    counts = torch.tensor([len(texts) for _, texts in groups], device=weight.device)
+    counts = torch.tensor([len(texts) for _, texts in groups])
     capacity = len(trunks[0]) + max(len(ids) for ids in questions) + max_new_tokens
     cache = trunk_cache.repeat(counts, capacity)
     steps = decode(model, cache, prefill(model, cache, questions), tokenizer.eos_token_id, max_new_tokens)

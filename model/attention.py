@@ -2,11 +2,12 @@
 
 - `CausalAttention`: B rows, each token sees itself and what came before.
 - `PackedAttention`: one row that holds many documents; none sees another.
-- `model.generate.KVCache`: the same, with the keys and values of earlier calls.
+- `CachedAttention`: B rows, each token sees itself and what earlier calls stored of its row.
 
-Shapes: B rows, T tokens, H heads, K key/value heads (H a multiple of K), d head size.
+Shapes: B rows, T tokens, C slots of a cache, H heads, K key/value heads (H a multiple of K), d head size.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -69,3 +70,49 @@ def _branch_mask(branch_ids: Tensor) -> Tensor | None:
         return None
     seen = (branch_ids == 0) | (branch_ids[:, None] == branch_ids)
     return seen.tril()
+
+
+class CachedAttention:
+    """New tokens see themselves and what the cache holds of their row. Their own keys and values are stored first.
+
+    A key's slot is its position, so a token sees the slots up to its own; what padding wrote behind them it does not.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        position_ids: Tensor,
+        num_slots: int,
+        start: int | None = None,
+    ) -> None:
+        """Args:
+        keys, values: of every layer, (B, K, C, d), written in place.
+        position_ids: (B, T), no row beyond `num_slots`.
+        num_slots: how many of the C slots to look at; more cost time, but change nothing.
+        start: the first token's position where all rows have the same, which needs no index and often no mask.
+        """
+        self.keys, self.values, self.start = keys, values, start
+        self.rows = torch.arange(len(position_ids), device=position_ids.device)[:, None]
+        self.position_ids, self.num_slots = position_ids, num_slots
+        self.mask: Tensor | None = None
+        if start is None or (start > 0 and position_ids.shape[1] > 1):
+            slots = torch.arange(num_slots, device=position_ids.device)
+            self.mask = (slots <= position_ids[:, :, None])[:, None]  # (B, 1, T, num_slots)
+
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.keys[layer_index], self.values[layer_index]
+        dtype, num_tokens = q.dtype, k.shape[2]
+        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
+        if self.start is None:
+            keys[self.rows, :, self.position_ids] = k.transpose(1, 2)  # indexed: (B, T, K, d)
+            values[self.rows, :, self.position_ids] = v.transpose(1, 2)
+        else:
+            keys[:, :, self.start : self.start + num_tokens] = k
+            values[:, :, self.start : self.start + num_tokens] = v
+        if self.start == 0:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v = keys[:, :, : self.num_slots], values[:, :, : self.num_slots]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        return out.to(dtype)

@@ -1,93 +1,77 @@
 """From a prompt to an answer: one prefill, then one token at a time against a static key/value cache.
 
-A `KVCache` says what a token may look at (see `model/attention.py`), so generation runs the very layers that
-training runs. Rows of a batch may differ in length: each row's keys lie at slots equal to their positions, and a
-token sees the slots up to its own, so what padding wrote behind a row's end is never seen and soon overwritten.
+What a token may look at is an object (see `model/attention.py`), so generation runs the very layers that training
+runs. Rows of a batch may differ in length: each row's keys lie at slots equal to their positions, and a token sees
+the slots up to its own, so what padding wrote behind a row's end is never seen and soon overwritten.
 
-Shapes: B rows, T tokens, L layers, K key/value heads, d head size, V vocabulary.
+Shapes: B rows, T tokens, C slots of the cache, K key/value heads, d head size, V words of the vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.llama import LlamaConfig
+from model.attention import CachedAttention
+from model.llama import Llama
 from model.llava import Llava
+from model.sampling import GREEDY, Sampling, choose_tokens, make_draws
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0  # 0 takes the likeliest; above, probabilities are those of logits / temperature
-    top_p: float = 1.0  # sample from the most probable tokens that hold this much of the probability
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise ValueError(f"{self}: temperature is at least 0, top_p above 0 and at most 1")
-
-
-GREEDY = Sampling()
+COMPILED_SLOTS = 256  # compiled steps look at a multiple of this many slots, so that few shapes are compiled
 
 
 class KVCache:
-    """Keys and values of every layer for `num_rows` rows.
+    """Keys and values of every layer for `num_rows` rows, and which words each row has seen.
 
     `capacity` is the longest row, in tokens, plus the width of what is added to it: padding takes room, too.
     """
 
-    def __init__(
-        self, config: LlamaConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config = config
-        shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, capacity, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)  # tokens each row holds
+    def __init__(self, llama: Llama, num_rows: int, capacity: int) -> None:
+        config, weight = llama.config, llama.lm_head.weight
+        # CPUs without bf16 arithmetic attend 3 to 7 times faster in fp32, and have the memory.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.llama, self.capacity, self.device = llama, capacity, weight.device
+        # One slot more than is ever looked at: "all of the slots" would be another case to compile.
+        shape = (num_rows, config.num_key_value_heads, capacity + 1, config.head_size)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
+            for _ in range(2)
+        )
+        self.seen = torch.zeros(num_rows, config.num_words, dtype=torch.bool, device=weight.device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.long)  # tokens each row holds; on the CPU, so nothing waits
         self.used = 0  # no row has written a slot from here on, so none needs to be read
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
 
     def repeat(self, counts: Tensor, capacity: int) -> "KVCache":
         """Return a cache in which row i stands counts[i] times, with room for `capacity` tokens."""
         assert capacity >= self.used, "what the rows hold must fit"
-        rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        new = KVCache(self.config, len(rows), capacity, self.keys.dtype, self.keys.device)
-        new.keys[:, :, :, : self.used] = self.keys[:, :, :, : self.used].index_select(1, rows)
-        new.values[:, :, :, : self.used] = self.values[:, :, :, : self.used].index_select(1, rows)
-        new.lengths = self.lengths[rows]
-        new.used = self.used
+        rows = torch.arange(len(counts)).repeat_interleave(counts.cpu())
+        new = KVCache(self.llama, len(rows), capacity)
+        new.lengths, new.used = self.lengths[rows], self.used
+        rows = rows.to(self.device)
+        new.seen = self.seen[rows]
+        for old_tensor, new_tensor in zip(self.keys + self.values, new.keys + new.values, strict=True):
+            new_tensor[:, :, : self.used] = old_tensor[:, :, : self.used].index_select(0, rows)
         return new
 
-    def advance(self, num_tokens: Tensor, width: int) -> Tensor:
-        """Make room for `num_tokens[i]` more tokens in row i, written `width` wide; return their positions (B, width).
+    def advance(self, num_tokens: Tensor, width: int, fixed_shapes: bool = False) -> CachedAttention:
+        """Make room for `num_tokens[i]` more tokens in row i, written `width` wide; return how they attend.
 
         Raises: ValueError when the cache is full.
         """
-        positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        positions = self.lengths[:, None] + torch.arange(width)
         used = max(self.used, int(positions.max()) + 1)
         if used > self.capacity:
             raise ValueError(f"{used} tokens do not fit a cache of {self.capacity}: shorten the prompt or answer")
-        self.positions, self.used = positions, used
-        self.mask = (torch.arange(self.used, device=self.lengths.device) <= self.positions[:, :, None])[:, None]
-        self.lengths = self.lengths + num_tokens
-        return self.positions
-
-    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (B, K, T, d) at their positions; attend from q to all that came before."""
-        keys, values = self.keys[layer_index], self.values[layer_index]
-        slots = self.positions[:, None, :, None].expand_as(k)
-        keys.scatter_(2, slots, k)
-        values.scatter_(2, slots, v)
-        return F.scaled_dot_product_attention(
-            q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=self.mask, enable_gqa=True
-        )
+        start, num_slots = None, used
+        if fixed_shapes:
+            num_slots = min(round_up(used, COMPILED_SLOTS), self.capacity)
+        elif (self.lengths == self.lengths[0]).all():
+            start = int(self.lengths[0])
+            num_slots = start + width  # behind that, padding of earlier calls may lie
+        self.lengths, self.used = self.lengths + num_tokens, used
+        return CachedAttention(self.keys, self.values, positions.to(self.device), num_slots, start)
 
 
 @torch.inference_mode()
@@ -99,12 +83,14 @@ def prefill(model: Llava, cache: KVCache, prompts: Sequence[Tensor], image_featu
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token")
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=cache.lengths.device)
-    input_ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(cache.lengths.device)
-    position_ids = cache.advance(lengths, input_ids.shape[1])
-    hidden_states = model(input_ids, position_ids, cache, image_features)
-    last = hidden_states[torch.arange(len(prompts), device=lengths.device), lengths - 1]  # (B, T, D) -> (B, D)
-    return model.language_model.lm_head(last)
+    for row, prompt in enumerate(prompts):
+        cache.seen[row, prompt[prompt >= 0].to(cache.device)] = True
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    input_ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(cache.device)
+    attend = cache.advance(lengths, input_ids.shape[1])
+    hidden_states = model(input_ids, attend.position_ids, attend, image_features)
+    last = hidden_states[torch.arange(len(prompts)), lengths - 1]  # (B, T, D) -> (B, D)
+    return model.language_model.lm_head(last)[:, : model.config.text.num_words]
 
 
 @torch.inference_mode()
@@ -115,34 +101,40 @@ def decode(
     eos_token_id: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    compile: bool = False,
+    has_ended: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row (B,) until all rows have ended; a row that has ended yields EOS.
 
     Args:
         logits: what `prefill` returned, (B, V).
+        compile: run the steps through `torch.compile`: once per process it takes a minute, then each is faster.
+        has_ended: called with a row's answer so far, in tokens; True ends the row behind it, as EOS would.
     """
-    generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
+    run_step = compile_step(logits.device.type) if compile else step
+    draws = make_draws(sampling, len(logits), max_new_tokens, logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    for step in range(max_new_tokens):
-        tokens = sample(logits, sampling, generator).masked_fill(ended, eos_token_id)
+    answers: list[list[int]] = [[] for _ in logits]
+    for index in range(max_new_tokens):
+        tokens = choose_tokens(logits, sampling, cache.seen, draws[index]).masked_fill(ended, eos_token_id)
         yield tokens
+        if has_ended is not None:
+            for row, (token, is_over) in enumerate(zip(tokens.tolist(), ended.tolist(), strict=True)):
+                if not is_over:
+                    answers[row].append(token)
+                    ended[row] = has_ended(answers[row])
         ended |= tokens == eos_token_id
-        if ended.all() or step + 1 == max_new_tokens:
+        if ended.all() or index + 1 == max_new_tokens:
             return
-        position_ids = cache.advance(torch.ones_like(cache.lengths), 1)
-        logits = model.language_model.lm_head(model(tokens[:, None], position_ids, cache)[:, -1])
+        cache.seen.scatter_(1, tokens[:, None], True)
+        attend = cache.advance(torch.ones_like(cache.lengths), 1, fixed_shapes=compile)
+        logits = run_step(model.language_model, tokens, attend)
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Choose one token per row. (B, V) -> (B,)."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    # A token stays while the mass before it is below top_p; before the likeliest there is none.
-    outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
-    choice = ordered.masked_fill(outside, 0).multinomial(1, generator=generator)
-    return order.gather(-1, choice).squeeze(-1)
+def step(llama: Llama, tokens: Tensor, attend: CachedAttention) -> Tensor:
+    """Run one token per row; return the logits of the next. (B,) -> (B, V)."""
+    hidden_states = llama(llama.embed_tokens(tokens[:, None]), attend.position_ids, attend)
+    return llama.lm_head(hidden_states[:, -1])[:, : llama.config.num_words]
 
 
 def generate(
@@ -152,12 +144,14 @@ def generate(
     eos_token_id: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    compile: bool = False,
+    has_ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Answer a batch of prompts of any lengths; return each answer's token ids without EOS.
 
     Shapes: prompts B x (T_i,), pixel_values (N, 3, S, S) in reading order.
     """
-    steps = generate_stream(model, prompts, pixel_values, eos_token_id, max_new_tokens, sampling)
+    steps = generate_stream(model, prompts, pixel_values, eos_token_id, max_new_tokens, sampling, compile, has_ended)
     return collect(steps, eos_token_id)
 
 
@@ -168,14 +162,15 @@ def generate_stream(
     eos_token_id: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    compile: bool = False,
+    has_ended: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[Tensor]:
-    """Like `generate`, but yield (B,) tokens as they come.
+    """Like `generate`, but yield (B,) tokens as they come. Whoever has read enough stops reading.
 
     Raises: ValueError when there is nothing to answer, or prompt and answer do not fit the model's positions.
     """
     if max_new_tokens < 1 or not prompts:
         raise ValueError(f"{len(prompts)} prompts and max_new_tokens = {max_new_tokens}, expected at least 1 of each")
-    weight = model.language_model.lm_head.weight
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
     limit = model.config.text.max_position_embeddings
     if capacity > limit:
@@ -183,14 +178,49 @@ def generate_stream(
             f"a prompt of {capacity - max_new_tokens} tokens and an answer of {max_new_tokens} exceed the model's "
             f"{limit} positions: shorten one of them"
         )
-    cache = KVCache(model.config.text, len(prompts), capacity, weight.dtype, weight.device)
+    if compile:
+        capacity = round_up(capacity, COMPILED_SLOTS)
+    cache = KVCache(model.language_model, len(prompts), capacity)
     with torch.inference_mode():
         image_features = None if pixel_values is None else model.encode_images(pixel_values)
         logits = prefill(model, cache, prompts, image_features)
-    yield from decode(model, cache, logits, eos_token_id, max_new_tokens, sampling)
+    yield from decode(model, cache, logits, eos_token_id, max_new_tokens, sampling, compile, has_ended)
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def collect(steps: Iterator[Tensor], eos_token_id: int) -> list[list[int]]:
     """Turn (B,) tokens step by step into one list of token ids per row, cut before EOS."""
     rows = torch.stack(list(steps), dim=1).tolist()
     return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+
+
+@functools.cache
+def compile_step(device_type: str) -> Callable[[Llama, Tensor, CachedAttention], Tensor]:
+    """Return `step` through `torch.compile`, on GPUs as CUDA graphs; if that fails, warn once and run it as it is."""
+    compiled: Callable[..., Tensor] | None = None
+    is_possible = True
+
+    def run(llama: Llama, tokens: Tensor, attend: CachedAttention) -> Tensor:
+        nonlocal compiled, is_possible
+        if is_possible:
+            try:
+                if compiled is None:
+                    # Dynamic: rows and slots of any number are compiled once (and one row once more).
+                    compiled = torch.compile(
+                        step, dynamic=True, mode="reduce-overhead" if device_type == "cuda" else None
+                    )
+                for tensor in (*attend.keys, *attend.values):
+                    torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write into these, and only these
+                    torch._dynamo.mark_static(tensor, [1, 3])  # heads are not rows, even where they are as many
+                torch.compiler.cudagraph_mark_step_begin()
+                return compiled(llama, tokens, attend).clone()  # the graph's next run writes over its output
+            except Exception as error:  # of any kind: no compiler, an operation without translation, an old driver
+                is_possible = False
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                print(f"warning: torch.compile failed, generating without it: {reason}", file=sys.stderr)
+        return step(llama, tokens, attend)  # what a failed attempt has stored is stored again
+
+    return run

@@ -1,20 +1,27 @@
-"""Generation: the cache is a shortcut, never another answer; sampling draws from the right tokens.
+"""Generation: cache, batch and compiler are shortcuts, never another answer; answers end where they should.
 
 Shapes: B rows, T tokens, N images, V vocabulary.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import model.generate
 from model.attention import CausalAttention
 from model.config import LlavaConfig
-from model.generate import KVCache, Sampling, collect, decode, generate, generate_stream, prefill, sample
+from model.generate import KVCache, collect, compile_step, decode, generate, generate_stream, prefill, step
 from model.llama import LlamaConfig
 from model.llava import Llava
+from model.sampling import Sampling, adjust_logits
 from model.vision import VisionConfig
+from tests.model.hugging_face import LLAMA_PREFIXES, copy_to_oracle, make_llama_oracle
 from tests.model.small_llava import CONFIG, make_llava, make_pixels, make_prompt, relative_difference
 
 TOLERANCE = 3e-6  # of logits, by the largest: the cache sums over other shapes than the full pass
@@ -52,10 +59,6 @@ def counter() -> Llava:
     return model.eval()
 
 
-def make_cache(num_rows: int, capacity: int) -> KVCache:
-    return KVCache(CONFIG.text, num_rows, capacity, torch.float32, torch.device("cpu"))
-
-
 @torch.inference_mode()
 def recompute(model: Llava, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
     """Return all logits (T, V) of one row without a cache."""
@@ -63,11 +66,17 @@ def recompute(model: Llava, input_ids: Tensor, image_features: Tensor | None) ->
     return model.language_model.lm_head(model(input_ids[None], position_ids, CausalAttention(), image_features))[0]
 
 
-def answer_without_cache(model: Llava, prompt: Tensor, pixel_values: Tensor | None, num_tokens: int) -> list[int]:
+def answer_without_cache(
+    model: Llava, prompt: Tensor, pixel_values: Tensor | None, num_tokens: int, repetition_penalty: float = 1.0
+) -> list[int]:
     """Answer greedily by running the whole text again for every token."""
     features = None if pixel_values is None else model.encode_images(pixel_values)
     for _ in range(num_tokens):
-        prompt = torch.cat([prompt, recompute(model, prompt, features)[-1:].argmax(dim=-1)])
+        logits = recompute(model, prompt, features)[-1:]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, prompt[prompt >= 0]] = True
+        logits = adjust_logits(logits, Sampling(repetition_penalty=repetition_penalty), seen)
+        prompt = torch.cat([prompt, logits.argmax(dim=-1)])
     return prompt[-num_tokens:].tolist()
 
 
@@ -76,7 +85,7 @@ def test_cached_logits_equal_a_full_recompute(llava: Llava) -> None:
     input_ids = make_prompt("ttItttttttttt", seed=1)
     features = llava.encode_images(make_pixels(1))
     expected = recompute(llava, input_ids, features)
-    cache = make_cache(1, capacity=len(input_ids))
+    cache = KVCache(llava.language_model, 1, capacity=len(input_ids))
     pieces = input_ids.split([13, 1, 1, 1, 5])
     end = 0
     for piece in pieces:
@@ -93,98 +102,133 @@ def test_answers_equal_those_without_cache(llava: Llava) -> None:
     assert len(set(answer)) > 10  # a model that repeats one token would prove little
 
 
-def test_batch_of_different_lengths_equals_one_by_one(llava: Llava) -> None:
-    """The images go to the rows in reading order, and the padding of the short rows is never seen."""
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(repetition_penalty=1.5),
+        Sampling(temperature=1.0, top_p=0.9, seed=5),
+        Sampling(temperature=1.3, seed=6, top_k=20, repetition_penalty=1.2),
+    ],
+)
+def test_batch_of_different_lengths_equals_one_by_one(llava: Llava, sampling: Sampling) -> None:
+    """The images go to the rows in reading order, and the padding of the short rows is never seen.
+
+    Row i draws with seed + i, so what it draws does not depend on the others.
+    """
     prompts = [make_prompt(layout, seed=index) for index, layout in enumerate(["ttttt", "tItIttt", "t", "Itttttttttt"])]
     pixels = [None, make_pixels(2, seed=1), None, make_pixels(1, seed=2)]
-    answers = generate(llava, prompts, torch.cat([p for p in pixels if p is not None]), NO_TOKEN_ID, max_new_tokens=24)
-    alone = [generate(llava, [p], x, NO_TOKEN_ID, max_new_tokens=24)[0] for p, x in zip(prompts, pixels, strict=True)]
-    assert answers == alone
+    all_pixels = torch.cat([x for x in pixels if x is not None])
+    answers = generate(llava, prompts, all_pixels, NO_TOKEN_ID, 24, sampling)
+    for row, (prompt, x, answer) in enumerate(zip(prompts, pixels, answers, strict=True)):
+        alone = dataclasses.replace(sampling, seed=sampling.seed + row)
+        assert generate(llava, [prompt], x, NO_TOKEN_ID, 24, alone) == [answer]
+    assert generate(llava, prompts[:2], pixels[1], NO_TOKEN_ID, 24, sampling) == answers[:2]
+
+
+def test_rows_of_one_length_equal_a_full_recompute(llava: Llava) -> None:
+    """They take the way without mask and index."""
+    rows = [make_prompt("t" * 9, seed=seed) for seed in range(3)]
+    cache = KVCache(llava.language_model, 3, capacity=12)
+    prefill(llava, cache, [row[:6] for row in rows])
+    for end in (7, 8, 9):
+        logits = prefill(llava, cache, [row[end - 1 : end] for row in rows])
+        for row, row_logits in zip(rows, logits, strict=True):
+            assert relative_difference(row_logits, recompute(llava, row[:end], None)[-1]) < TOLERANCE
+
+
+def test_rows_that_come_to_one_length_do_not_see_padding(llava: Llava) -> None:
+    """8 + 2 and 3 + 7 tokens: the second piece of the first row left 5 slots of padding behind the tenth."""
+    rows = [make_prompt("t" * 11, seed=seed) for seed in (1, 2)]
+    cache = KVCache(llava.language_model, 2, capacity=15)
+    prefill(llava, cache, [rows[0][:8], rows[1][:3]])
+    prefill(llava, cache, [rows[0][8:10], rows[1][3:10]])
+    logits = prefill(llava, cache, [row[10:] for row in rows])
+    for row, row_logits in zip(rows, logits, strict=True):
+        assert relative_difference(row_logits, recompute(llava, row, None)[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_cache_equals_a_full_recompute(dtype: torch.dtype) -> None:
+    model = make_llava(seed=1).to(dtype)
+    input_ids = make_prompt("ttItttttttttt", seed=1)
+    features = model.encode_images(make_pixels(1))
+    cache = KVCache(model.language_model, 1, capacity=len(input_ids))
+    prefill(model, cache, [input_ids[:-1]], features)
+    logits = prefill(model, cache, [input_ids[-1:]])
+    assert logits.dtype == dtype
+    assert relative_difference(logits[0], recompute(model, input_ids, features)[-1]) < 4 * torch.finfo(dtype).eps
+
+
+def test_repetition_penalty_counts_words_of_prompt_and_answer(llava: Llava) -> None:
+    """Not the image placeholders: those are no words."""
+    prompt, pixel_values = make_prompt("tttItt", seed=2), make_pixels(1)
+    sampling = Sampling(repetition_penalty=3.0)
+    (answer,) = generate(llava, [prompt], pixel_values, NO_TOKEN_ID, 30, sampling)
+    assert answer == answer_without_cache(llava, prompt, pixel_values, 30, repetition_penalty=3.0)
+    assert answer != answer_without_cache(llava, prompt, pixel_values, 30)
+
+
+def test_repetition_penalty_answers_as_transformers(llava: Llava) -> None:
+    oracle: Any = make_llama_oracle(CONFIG.text)
+    copy_to_oracle(llava.language_model, oracle, LLAMA_PREFIXES)
+    prompt = make_prompt("t" * 10, seed=3)
+    expected = oracle.generate(
+        prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, repetition_penalty=2.0,
+        max_new_tokens=40, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert generate(llava, [prompt], None, NO_TOKEN_ID, 40, Sampling(repetition_penalty=2.0)) == [
+        expected[0, 10:].tolist()
+    ]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=5.0)])
+def test_rows_that_pad_the_vocabulary_are_never_answered(sampling: Sampling) -> None:
+    """The last 40 of 131 rows have no word. Here they are the likeliest by far."""
+    model = Llava(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, num_padding_rows=40))).eval()
+    unpadded = make_llava(seed=1)
+    model.load_state_dict(unpadded.state_dict())
+    with torch.no_grad():
+        model.language_model.lm_head.weight[91:] *= 20
+    prompts = [make_prompt("tttt", seed=1) % 91, make_prompt("tt", seed=2) % 91]
+    answers = generate(model, prompts, None, NO_TOKEN_ID, 30, sampling)
+    assert max(map(max, answers)) < 91
+    assert max(map(max, generate(unpadded, prompts, None, NO_TOKEN_ID, 30, sampling))) >= 91
 
 
 def test_second_piece_of_ragged_rows_continues_each_row(llava: Llava) -> None:
     """Padding that the first piece wrote behind a short row must be overwritten, not attended to."""
     rows = [make_prompt("t" * 12, seed=1), make_prompt("t" * 9, seed=2)]
-    cache = make_cache(2, capacity=14)
+    cache = KVCache(llava.language_model, 2, capacity=14)
     prefill(llava, cache, [rows[0][:8], rows[1][:3]])
     logits = prefill(llava, cache, [rows[0][8:], rows[1][3:]])
     for row, row_logits in zip(rows, logits, strict=True):
         assert relative_difference(row_logits, recompute(llava, row, None)[-1]) < TOLERANCE
 
 
-def test_questions_behind_a_shared_trunk_equal_whole_prompts(llava: Llava) -> None:
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.5])
+def test_questions_behind_a_shared_trunk_equal_whole_prompts(llava: Llava, repetition_penalty: float) -> None:
     """Two images' trunks run once; two and three questions of different lengths follow them."""
+    sampling = Sampling(repetition_penalty=repetition_penalty)
     trunks = [make_prompt("tItt", seed=1), make_prompt("ttttIt", seed=2)]
     questions = [make_prompt("t" * length, seed=length) for length in (4, 2, 7, 3, 1)]
     pixel_values, owners = make_pixels(2), [0, 0, 1, 1, 1]
     whole = [torch.cat([trunks[owner], question]) for owner, question in zip(owners, questions, strict=True)]
-    expected = generate(llava, whole, pixel_values[owners], NO_TOKEN_ID, max_new_tokens=20)
+    expected = generate(llava, whole, pixel_values[owners], NO_TOKEN_ID, 20, sampling)
 
-    trunk_cache = make_cache(2, capacity=max(map(len, trunks)))
+    trunk_cache = KVCache(llava.language_model, 2, capacity=max(map(len, trunks)))
     prefill(llava, trunk_cache, trunks, llava.encode_images(pixel_values))
-    kept = trunk_cache.keys.clone()
+    kept = [keys.clone() for keys in trunk_cache.keys]
     cache = trunk_cache.repeat(torch.tensor([2, 3]), capacity=60)
     logits = prefill(llava, cache, questions)
+    for index, prompt in enumerate(whole):
+        assert cache.seen[index].nonzero().flatten().tolist() == prompt[prompt >= 0].unique().tolist()
     for row, prompt, owner in zip(logits, whole, owners, strict=True):
         features = llava.encode_images(pixel_values[owner : owner + 1])
         assert relative_difference(row, recompute(llava, prompt, features)[-1]) < TOLERANCE
-    assert collect(decode(llava, cache, logits, NO_TOKEN_ID, max_new_tokens=20), NO_TOKEN_ID) == expected
-    assert torch.equal(trunk_cache.keys, kept)  # the trunk can serve more questions
-
-
-def draw(probabilities: Sequence[float], temperature: float, top_p: float, num_draws: int = 20_000) -> Tensor:
-    """Return how often each token is drawn, as a share of all draws (V,)."""
-    logits = torch.tensor(probabilities).log().expand(num_draws, -1)
-    tokens = sample(logits, Sampling(temperature, top_p), torch.Generator().manual_seed(0))
-    return tokens.bincount(minlength=len(probabilities)) / num_draws
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [
-        (1.0, [0.05, 0.5, 0.15, 0.3]),
-        (0.96, [0.05, 0.5, 0.15, 0.3]),
-        (0.94, [0, 0.5, 0.15, 0.3]),
-        (0.81, [0, 0.5, 0.15, 0.3]),
-        (0.79, [0, 0.5, 0, 0.3]),
-        (0.51, [0, 0.5, 0, 0.3]),
-        (0.49, [0, 0.5, 0, 0]),
-        (0.01, [0, 0.5, 0, 0]),
-    ],
-)
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: list[float]) -> None:
-    """By hand: the mass in front of 0.5, 0.3, 0.15, 0.05 is 0, 0.5, 0.8, 0.95. Tokens are not in that order."""
-    shares = draw([0.05, 0.5, 0.15, 0.3], temperature=1.0, top_p=top_p)
-    expected = torch.tensor(kept) / sum(kept)
-    assert torch.equal(shares > 0, expected > 0)
-    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)  # four standard deviations
-
-
-def test_top_p_cuts_every_row_by_itself() -> None:
-    logits = torch.tensor([[0.9, 0.06, 0.04], [0.04, 0.48, 0.48]]).log().repeat(500, 1)
-    tokens = sample(logits, Sampling(temperature=1.0, top_p=0.8), torch.Generator().manual_seed(0)).view(500, 2)
-    assert set(tokens[:, 0].tolist()) == {0}
-    assert set(tokens[:, 1].tolist()) == {1, 2}
-
-
-def test_temperature_divides_the_logits() -> None:
-    """At 0.5 probabilities are squared before they are normalised: 1 : 9 becomes 1 : 81, 0.25 : 0.75 becomes 1 : 9."""
-    shares = draw([0.25, 0.75], temperature=0.5, top_p=1.0)
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.9]), atol=0.01, rtol=0)
-
-
-def test_temperature_0_is_the_likeliest_token() -> None:
-    logits = torch.randn(7, 131, generator=torch.Generator().manual_seed(0))
-    tokens = sample(logits, Sampling(temperature=0, top_p=0.5), torch.Generator().manual_seed(0))
-    assert torch.equal(tokens, logits.argmax(dim=-1))
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
-)
-def test_impossible_sampling_is_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="temperature is at least 0, top_p above 0 and at most 1"):
-        Sampling(**values)  # type: ignore[arg-type]
+    assert collect(decode(llava, cache, logits, NO_TOKEN_ID, 20, sampling), NO_TOKEN_ID) == expected
+    for keys, kept_keys in zip(trunk_cache.keys, kept, strict=True):
+        assert torch.equal(keys, kept_keys)  # the trunk can serve more questions
 
 
 def test_seed_decides_the_answer(llava: Llava) -> None:
@@ -211,6 +255,29 @@ def test_answer_without_eos_has_max_new_tokens(counter: Llava) -> None:
     assert len(list(generate_stream(counter, [torch.tensor([3])], None, EOS_TOKEN_ID, max_new_tokens=1))) == 1
 
 
+def test_row_may_end_before_eos(counter: Llava) -> None:
+    """As where its text has come to a stop string: the token that ended it stays, and each row is asked by itself."""
+    asked: list[list[int]] = []
+
+    def has_ended(answer: list[int]) -> bool:
+        asked.append(list(answer))
+        return answer[-1] in (4, 8)
+
+    prompts = [torch.tensor([2]), torch.tensor([5]), torch.tensor([7])]
+    answers = generate(counter, prompts, None, EOS_TOKEN_ID, max_new_tokens=12, has_ended=has_ended)
+    assert answers == [[3, 4], [6, 7, 8], [8]]
+    assert asked == [[3], [6], [8], [3, 4], [6, 7], [6, 7, 8]]
+
+
+def test_reader_may_stop_reading(counter: Llava) -> None:
+    read = []
+    for tokens in generate_stream(counter, [torch.tensor([1])], None, EOS_TOKEN_ID, max_new_tokens=9):
+        read.append(int(tokens))
+        if read[-1] == 4:
+            break
+    assert read == [2, 3, 4]
+
+
 def test_answer_may_fill_the_model_to_its_last_position(counter: Llava) -> None:
     """20 positions: 17 and 3 fit, 17 and 4 do not."""
     prompt = torch.ones(17, dtype=torch.long)
@@ -222,8 +289,12 @@ def test_answer_may_fill_the_model_to_its_last_position(counter: Llava) -> None:
 
 def test_full_cache_says_so(llava: Llava) -> None:
     with pytest.raises(ValueError, match="6 tokens do not fit a cache of 5: shorten the prompt or answer"):
-        prefill(llava, make_cache(2, capacity=5), [make_prompt("ttt", seed=1), make_prompt("t" * 6, seed=2)])
-    cache = make_cache(1, capacity=5)
+        prefill(
+            llava,
+            KVCache(llava.language_model, 2, capacity=5),
+            [make_prompt("ttt", seed=1), make_prompt("t" * 6, seed=2)],
+        )
+    cache = KVCache(llava.language_model, 1, capacity=5)
     logits = prefill(llava, cache, [make_prompt("ttt", seed=1)])
     with pytest.raises(ValueError, match="6 tokens do not fit a cache of 5"):
         list(decode(llava, cache, logits, NO_TOKEN_ID, max_new_tokens=9))
@@ -245,3 +316,69 @@ def test_images_must_match_placeholders(llava: Llava, layouts: list[str], num_im
     message = f"^{counts} of 9 patches each: every image needs exactly one <image> marker$"
     with pytest.raises(ValueError, match=message):
         generate(llava, prompts, pixel_values, NO_TOKEN_ID, max_new_tokens=2)
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    """Forget what was compiled, and that it failed."""
+    torch._dynamo.reset()
+    compile_step.cache_clear()
+    yield
+    torch._dynamo.reset()
+    compile_step.cache_clear()
+
+
+def test_compiled_steps_look_at_few_numbers_of_slots(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph is recorded for each."""
+    monkeypatch.setattr(model.generate, "COMPILED_SLOTS", 4)
+    cache = KVCache(llava.language_model, 1, capacity=10)
+    prefill(llava, cache, [make_prompt("ttt", seed=1)])
+    one = torch.ones(1, dtype=torch.long)
+    assert [cache.advance(one, 1, fixed_shapes=True).num_slots for _ in range(7)] == [4, 8, 8, 8, 8, 10, 10]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_answers_are_the_same(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is compiled twice: not for another token, more slots, another number of rows or another cache."""
+    monkeypatch.setattr(model.generate, "COMPILED_SLOTS", 8)
+    torch._dynamo.utils.counters.clear()
+    for layouts, max_new_tokens in [(["ttt", "tItt"], 30), (["t" * 12, "tt", "ttttt"], 50), (["tttt", "tttt"], 20)]:
+        prompts = [make_prompt(layout, seed=index) for index, layout in enumerate(layouts)]
+        pixel_values = make_pixels(1) if "I" in "".join(layouts) else None
+        for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)):
+            run = functools.partial(generate, llava, prompts, pixel_values, NO_TOKEN_ID, max_new_tokens, sampling)
+            assert run(compile=True) == run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_failed_compilation_says_so_once_and_goes_on(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even when the step had been running for a while: what it stored is stored again."""
+    num_calls = 0
+
+    def fail_at_third_step(*args: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        logits = step(*args)
+        if num_calls == 3:
+            raise RuntimeError("no compiler found\nand many more lines")
+        return logits
+
+    def compile_badly(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        assert function is step
+        return fail_at_third_step
+
+    monkeypatch.setattr(torch, "compile", compile_badly)
+    prompts = [make_prompt("ttt", seed=1), make_prompt("ttttt", seed=2)]
+    expected = generate(llava, prompts, None, NO_TOKEN_ID, max_new_tokens=12)
+    for _ in range(2):
+        assert generate(llava, prompts, None, NO_TOKEN_ID, max_new_tokens=12, compile=True) == expected
+    assert num_calls == 3
+    message = "warning: torch.compile failed, generating without it: no compiler found\n"
+    assert capsys.readouterr().err == message
