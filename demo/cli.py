@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: as stored, but on CPUs bfloat16 for float16"
     )
-    parser.add_argument("--compile", action="store_true", help="compile the step: faster after about a minute")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step: faster after about a minute")
     parser.add_argument("--stats", action="store_true", help="after each answer: tokens, times and memory, on stderr")
     parser.add_argument("--debug", action="store_true", help="before each answer: the prompt as the model gets it")
     arguments = parser.parse_args()

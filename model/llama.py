@@ -15,7 +15,7 @@ from model.attention import Attend
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    vocab_size: int
+    vocab_size: int  # rows of embed_tokens and lm_head
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -24,10 +24,16 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    num_padding_rows: int = 0  # of vocab_size, at its end: rows no word has (llava-hf pads 32000 words to 32064 rows)
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_words(self) -> int:
+        """How many ids the tokenizer knows; an answer is made of these."""
+        return self.vocab_size - self.num_padding_rows
 
 
 class Llama(nn.Module):

@@ -87,7 +87,7 @@ def test_command_writes_every_prediction(easy_vqa_folder: Path, tiny_model_folde
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model-path", "nowhere"), "error: model folder nowhere lacks config.json"),
+        (("--model-path", "nowhere"), "error: 'nowhere' does not exist: give a model's folder"),
         (("--model-path", "nowhere", "--data", "none"), "error: data file none/test.jsonl is missing"),
     ],
 )
