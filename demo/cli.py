@@ -71,16 +71,7 @@ def main() -> None:
         )
         # The picture first: a wrong name should not cost the minute that loading takes.
         picture = None if arguments.image_file is None else open_picture(arguments.image_file)
-        checkpoint = open_checkpoint(
-            arguments.model_path, arguments.model_base, arguments.vision_tower, arguments.adapter
-        )
-        tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
-        dtype = DTYPES[arguments.dtype] or checkpoint.dtype
-        if arguments.dtype == "auto" and arguments.device == "cpu" and dtype == torch.float16:
-            dtype = torch.bfloat16  # few CPUs calculate in fp16
-        model = build_llava(checkpoint, dtype, arguments.device, arguments.bits)
-        if arguments.bits == 4 and arguments.device == "cpu" and dtype == torch.bfloat16:
-            pack_for_decoding(model)
+        model, tokenizer = load(arguments)
         pixels = None if picture is None else preprocess_image(picture, model.config.vision.image_size)[None]
         template = arguments.conv_mode or model.config.chat_template
         speaker = Speaker(
@@ -91,6 +82,19 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Llava, Tokenizer]:
+    """Read the model that the arguments name, and its tokenizer. The files are closed behind it."""
+    checkpoint = open_checkpoint(arguments.model_path, arguments.model_base, arguments.vision_tower, arguments.adapter)
+    tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
+    dtype = DTYPES[arguments.dtype] or checkpoint.dtype
+    if arguments.dtype == "auto" and arguments.device == "cpu" and dtype == torch.float16:
+        dtype = torch.bfloat16  # few CPUs calculate in fp16
+    model = build_llava(checkpoint, dtype, arguments.device, arguments.bits)
+    if arguments.bits == 4 and arguments.device == "cpu" and dtype == torch.bfloat16:
+        pack_for_decoding(model)
+    return model, tokenizer
 
 
 def open_picture(name: str) -> Image:
@@ -198,7 +202,8 @@ def print_stats(stats: Stats, device: torch.device) -> None:
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory at most"
     else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most"
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        memory = f"{pages * resource.getpagesize() / 2**30:.2f} GiB of memory"
     print(
         f"[{stats.prompt_tokens} prompt tokens, first token after {stats.first_s:.2f} s, {stats.new_tokens} tokens at "
         f"{rate:.1f} tokens/s, {memory}]",

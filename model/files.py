@@ -29,6 +29,7 @@ WEIGHT_FILES = (
     "mm_projector.bin",
 )
 SHARD_BYTES = 5_000_000_000
+PIECE_NUMBERS = 2**18  # 1 MB of fp32
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,6 +58,23 @@ class StoredTensor:
     def load(self) -> Tensor:
         """Return the whole tensor."""
         return self.read(slice(None))
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """Do what `tensor.to(device, dtype)` does.
+
+    Between fp16 and bf16 PyTorch has no vector code on CPUs. There numbers go by way of fp32, which holds both exactly,
+    in pieces that stay in the cache: three times as fast.
+    """
+    both_short = {tensor.dtype, dtype} == {torch.float16, torch.bfloat16}
+    if torch.device(device).type != "cpu" or not both_short:
+        return tensor.to(device, dtype)
+    result = torch.empty(tensor.shape, dtype=dtype)
+    buffer = torch.empty(PIECE_NUMBERS, dtype=torch.float32)
+    pieces = zip(tensor.contiguous().view(-1).split(PIECE_NUMBERS), result.view(-1).split(PIECE_NUMBERS), strict=True)
+    for old, new in pieces:
+        new.copy_(buffer[: len(old)].copy_(old))
+    return result
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.config import MODEL_TYPE, LlavaConfig
-from model.files import StoredTensor, open_folder, read_json, replace_folder, write_json, write_shards
+from model.files import StoredTensor, cast_tensor, open_folder, read_json, replace_folder, write_json, write_shards
 from model.hub import resolve_folder
 from model.layouts import (
     OFFICIAL_CHAT,
@@ -108,7 +108,7 @@ def build_llava(
                 raise ValueError(f"{tensor.source}: {error}") from error
             tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
         else:
-            tensors[name] = tensor.load().to(device, dtype)
+            tensors[name] = cast_tensor(tensor.load(), dtype, device)
     model.load_state_dict(tensors, assign=True)
     if adapter is not None and bits != 16:
         attach_adapter(model, adapter, dtype, device)

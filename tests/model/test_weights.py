@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.files import PIECE_NUMBERS, cast_tensor
 from model.llava import Llava
 from model.weights import load_llava, save_llava
 from tests.model.small_llava import CONFIG, make_llava, make_pixels
@@ -215,3 +216,17 @@ def test_saving_tensors_that_are_not_the_models_leaves_the_old_folder(folder: Pa
     with pytest.raises(ValueError, match=r"missing projector\.linear_1\.bias"):
         save_llava(folder, model.config, tensors, folder / "tokenizer.model")
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("new", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("old", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fast_cast_is_the_plain_cast(old: torch.dtype, new: torch.dtype) -> None:
+    """Every 16-bit number, infinities and NaNs among them, in a tensor of several pieces whose last one is short."""
+    numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16 if old == torch.bfloat16 else torch.float16)
+    tensor = numbers.to(old).repeat(13)[:-3].view(5, -1)
+    assert tensor.numel() > 3 * PIECE_NUMBERS
+    cast = cast_tensor(tensor, new, "cpu")
+    expected = tensor.to(new)
+    assert cast.dtype == new
+    assert torch.equal(cast.isnan(), expected.isnan())
+    assert torch.equal(cast.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
