@@ -7,7 +7,7 @@ is downloaded once. An empty line or Ctrl-D ends the chat, Ctrl-C the answer. `-
 """
 
 import argparse
-import resource
+import mmap
 import sys
 import time
 from collections.abc import Iterator
@@ -201,9 +201,10 @@ def print_stats(stats: Stats, device: torch.device) -> None:
     rate = (stats.new_tokens - 1) / (stats.total_s - stats.first_s) if stats.new_tokens > 1 else 0.0
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory at most"
+    elif (status := Path("/proc/self/statm")).is_file():
+        memory = f"{int(status.read_text(encoding='ascii').split()[1]) * mmap.PAGESIZE / 2**30:.2f} GiB of memory"
     else:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        memory = f"{pages * resource.getpagesize() / 2**30:.2f} GiB of memory"
+        memory = "memory not known on this system"
     print(
         f"[{stats.prompt_tokens} prompt tokens, first token after {stats.first_s:.2f} s, {stats.new_tokens} tokens at "
         f"{rate:.1f} tokens/s, {memory}]",
