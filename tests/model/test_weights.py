@@ -224,7 +224,8 @@ def test_fast_cast_is_the_plain_cast(old: torch.dtype, new: torch.dtype) -> None
     """Every 16-bit number, infinities and NaNs among them, in a tensor of several pieces whose last one is short."""
     numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16 if old == torch.bfloat16 else torch.float16)
     tensor = numbers.to(old).repeat(13)[:-3].view(5, -1)
-    assert tensor.numel() > 3 * PIECE_NUMBERS
+    assert tensor.numel() > 20 * PIECE_NUMBERS
+    assert tensor.numel() % PIECE_NUMBERS
     cast = cast_tensor(tensor, new, "cpu")
     expected = tensor.to(new)
     assert cast.dtype == new
