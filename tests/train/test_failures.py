@@ -76,7 +76,7 @@ MISTAKES: list[tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = [
     (swap_turns, (), "rows.json, row 3: turns out of order: turn 2 is from 'gpt', expected 'human'"),
     (break_one_image, ("batch_size=12",), "rows.json, row 3:"),
     (keep_one_row, (), "rows.json has 1 samples for 2 ranks: use at most 1 ranks"),
-    (None, ("model=nowhere",), "model folder nowhere lacks config.json, model.safetensors, tokenizer.model"),
+    (None, ("model=nowhere",), "'nowhere' does not exist: give a model's folder"),
     (None, ("shard_size=3",), "shard_size = 3 does not divide the 2 ranks"),
     (empty_answers, ("batch_size=12",), "have no supervised token"),
     (None, ("learning_rate=1e30", "max_steps=3", "warmup_ratio=0.0", "max_grad_norm=0"), "stopped before they reach"),
