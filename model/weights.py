@@ -13,6 +13,7 @@ A folder is what its files say, never what it is called:
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from model.lora import ADAPTER_CONFIG, Adapter, attach_adapter, load_adapter, me
 from model.quantize import QuantizedLinear, quantize_linears, quantize_weight
 
 CONFIG_FILE = "config.json"
+NUM_LOADERS = 4
 BITS = (16, 8, 4)
 
 
@@ -98,17 +100,22 @@ def build_llava(
     dtype = dtype or checkpoint.dtype
     if bits != 16:
         quantize_linears(model, bits)
+
+    def place(name: str) -> dict[str, Tensor]:
+        tensor = stored[name]
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), QuantizedLinear):
+            return {name: cast_tensor(tensor.load(), dtype, device)}
+        try:
+            parts = quantize_weight(tensor.load().to(device), bits)
+        except ValueError as error:
+            raise ValueError(f"{tensor.source}: {error}") from error
+        return {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+
     tensors: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, QuantizedLinear):
-            try:
-                parts = quantize_weight(tensor.load().to(device), bits)
-            except ValueError as error:
-                raise ValueError(f"{tensor.source}: {error}") from error
-            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
-        else:
-            tensors[name] = cast_tensor(tensor.load(), dtype, device)
+    # Changing the type is waiting for new memory, which threads do side by side; quantising has several copies at once.
+    with ThreadPoolExecutor(NUM_LOADERS if bits == 16 else 1) as threads:
+        for placed in threads.map(place, stored):
+            tensors |= placed
     model.load_state_dict(tensors, assign=True)
     if adapter is not None and bits != 16:
         attach_adapter(model, adapter, dtype, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.llava import Llava
 from model.lora import LoraLinear, attach_adapter, load_adapter, merge_weight
+from model.quantize import QuantizedLinear
 from model.weights import load_llava, open_checkpoint
 from tests.model.checkpoints import (
     LINEARS,
@@ -96,6 +97,25 @@ def test_peft_adapters_agree_with_peft(tmp_path: Path, llava: Llava, base: Path,
     attach_adapter(beside, checkpoint.adapter, torch.float32, "cpu")
     assert relative_difference(our_logits(beside), expected) < TOLERANCE
     assert sum(isinstance(module, LoraLinear) for module in beside.modules()) == len(checkpoint.adapter.factors)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_over_quantised_weights_the_adapter_stays_beside_them(
+    tmp_path: Path, llava: Llava, base: Path, bits: int
+) -> None:
+    """What is rounded is the base alone: with the base's own rounded weights, merged or beside is the same."""
+    make_peft_model(llava, NUM_PADDING_ROWS).save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    beside = load_llava(base, adapter=tmp_path / "adapter", bits=bits)
+    rounded, expected = load_llava(base, bits=bits), load_llava(base, adapter=tmp_path / "adapter")
+    for layer, factors in adapter.factors.items():
+        linear = rounded.get_submodule(layer)
+        assert isinstance(linear, QuantizedLinear)
+        weight = linear.dequantize(torch.float32)
+        merged = merge_weight(weight, factors.lora_A.load(), factors.lora_B.load(), factors.scaling)
+        expected.get_parameter(f"{layer}.weight").data = merged
+    assert relative_difference(our_logits(beside), our_logits(expected)) < TOLERANCE
+    assert relative_difference(our_logits(beside), our_logits(rounded)) > 0.05
 
 
 def test_old_peft_names_load(tmp_path: Path, llava: Llava, base: Path) -> None:

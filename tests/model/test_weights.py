@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.files import PIECE_NUMBERS, cast_tensor
 from model.llava import Llava
+from model.quantize import quantize_linears
 from model.weights import load_llava, save_llava
 from tests.model.small_llava import CONFIG, make_llava, make_pixels
 
@@ -231,3 +232,27 @@ def test_fast_cast_is_the_plain_cast(old: torch.dtype, new: torch.dtype) -> None
     assert cast.dtype == new
     assert torch.equal(cast.isnan(), expected.isnan())
     assert torch.equal(cast.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_while_loading_is_quantised_after_loading(folder: Path, bits: int) -> None:
+    loaded = load_llava(folder, bits=bits)
+    expected = load_llava(folder)
+    quantize_linears(expected, bits)
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_number_of_bits_there_is_not_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="5 bits a weight, expected one of 16, 8, 4"):
+        load_llava(folder, bits=5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_that_cannot_be_quantised_is_named(llava: Llava, folder: Path, bits: int) -> None:
+    tensors = {name: tensor.clone() for name, tensor in llava.state_dict().items()}
+    tensors[NAME][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(NAME)}: the weight holds NaN"):
+        load_llava(folder, bits=bits)
