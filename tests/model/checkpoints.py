@@ -20,7 +20,8 @@ from model.llama import LlamaConfig
 from model.llava import Llava
 from model.vision import VisionConfig
 from tests.model.hugging_face import LLAVA_PREFIXES, copy_to_oracle, make_llava_oracle
-from tests.model.small_llava import randomize_weights
+from tests.model.small_llava import make_pixels, make_prompt, randomize_weights
+from tests.model.test_parity import run_ours
 
 # Two heads of 64 as every CLIP has: an official config.json does not say how many.
 CONFIG = LlavaConfig(
@@ -248,3 +249,17 @@ def write_official_lora(folder: Path, model: Llava, tower: str, seed: int = 7) -
     }  # fmt: skip
     write_json(folder / "adapter_config.json", settings)
     return factors
+
+
+@torch.no_grad()
+def our_logits(model: Llava) -> Tensor:
+    """Return what our model says to a prompt with a picture. (1, T, V)"""
+    return run_ours(model, make_prompt("tIttttt", seed=2)[None], make_pixels(1))
+
+
+@torch.no_grad()
+def their_logits(model: Any) -> Tensor:
+    """Return what transformers' or PEFT's model says to the same prompt."""
+    prompt = make_prompt("tIttttt", seed=2)[None]
+    ids = prompt.masked_fill(prompt < 0, model.config.image_token_id)
+    return model(input_ids=ids, pixel_values=make_pixels(1)).logits

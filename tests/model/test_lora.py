@@ -19,6 +19,8 @@ from tests.model.checkpoints import (
     LINEARS,
     make_model,
     make_peft_model,
+    our_logits,
+    their_logits,
     write_clip,
     write_hf,
     write_json,
@@ -26,10 +28,9 @@ from tests.model.checkpoints import (
     write_official_lora,
     write_vicuna,
 )
-from tests.model.small_llava import make_pixels, make_prompt, relative_difference
-from tests.model.test_parity import run_ours
+from tests.model.small_llava import relative_difference
 
-TOLERANCE = 2e-6  # fp32; measured: at most 6e-7
+TOLERANCE = 3e-6  # fp32; measured: at most 8e-7
 NUM_PADDING_ROWS = 5
 
 
@@ -55,18 +56,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory, llava: Llava) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip", llava)
 
 
-@torch.no_grad()
-def our_logits(model: Llava) -> Tensor:
-    return run_ours(model, make_prompt("tIttttt", seed=2)[None], make_pixels(1))
-
-
-@torch.no_grad()
-def peft_logits(adapted: Any) -> Tensor:
-    prompt = make_prompt("tIttttt", seed=2)[None]
-    ids = prompt.masked_fill(prompt < 0, adapted.config.image_token_id)
-    return adapted(input_ids=ids, pixel_values=make_pixels(1)).logits
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -85,7 +74,7 @@ def test_peft_adapters_agree_with_peft(tmp_path: Path, llava: Llava, base: Path,
     """Merged, and beside the weights, both answer as PEFT does; without the adapter it would be another answer."""
     adapted = make_peft_model(llava, NUM_PADDING_ROWS, **changes)
     adapted.save_pretrained(tmp_path / "any-name")
-    expected = peft_logits(adapted)
+    expected = their_logits(adapted)
     merged = load_llava(base, adapter=tmp_path / "any-name")
     assert relative_difference(our_logits(merged), expected) < TOLERANCE
     assert relative_difference(our_logits(load_llava(base)), expected) > 0.05
@@ -131,7 +120,7 @@ def test_old_peft_names_load(tmp_path: Path, llava: Llava, base: Path) -> None:
     }
     assert not renamed.keys() & load_file(file).keys()
     save_file(renamed, file)
-    assert relative_difference(our_logits(load_llava(base, adapter=tmp_path / "adapter")), peft_logits(adapted)) < 2e-6
+    assert relative_difference(our_logits(load_llava(base, adapter=tmp_path / "adapter")), their_logits(adapted)) < 2e-6
 
 
 @pytest.mark.parametrize("base_kind", ["vicuna", "llava"])
