@@ -58,7 +58,7 @@ def load_adapter(folder: Path) -> Adapter:
     Raises: FileNotFoundError or ValueError for a folder that is incomplete, or an adapter of another kind.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is no adapter, it lacks {ADAPTER_CONFIG}: give a folder that a LoRA run wrote")
+        raise FileNotFoundError(f"{folder} is no adapter, it lacks {ADAPTER_CONFIG}: give what a LoRA run wrote")
     settings = read_json(folder / ADAPTER_CONFIG)
     for name, off in _PEFT_IS.items():
         if settings.get(name, off) != off and not (off is False and settings[name] is None):

@@ -258,4 +258,4 @@ def test_command(tmp_path: Path, llava: Llava, own: Path) -> None:
     assert re.fullmatch(r"error: .*hf is there already: remove it, or choose another --out\n", again.stderr)
     wrong = run_command(str(own), "--to", "peft", "--out", str(tmp_path / "peft"))
     assert wrong.returncode == 1
-    assert re.fullmatch(r"error: .* is no adapter, it lacks adapter_config\.json: give a folder that a LoRA run wrote\n", wrong.stderr)
+    assert re.fullmatch(r"error: .* is no adapter, it lacks adapter_config\.json: give .*\n", wrong.stderr)
