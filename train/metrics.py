@@ -1,11 +1,20 @@
-"""What a run records: `metrics.jsonl`, one line a step, and `loss.png`, drawn from it."""
+"""What a run records: `metrics.jsonl`, one line a step, and the pictures drawn from it."""
 
 import json
 import resource
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:  # importing it takes half a second that only the rank that draws should spend
+    from matplotlib.axes import Axes
+
+GIB = 2**30
+Row = dict[str, Any]
 
 
 class MetricsFile:
@@ -19,7 +28,7 @@ class MetricsFile:
             shorter.replace(file)
         self.file = file.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -27,54 +36,128 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[Row]:
     """Return the rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
     *lines, _ = file.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: allocated on the GPU, or resident of this process."""
+def memory_bytes(device: torch.device) -> dict[str, int | None]:
+    """Return the most memory held so far: allocated and reserved on the GPU, or resident of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak_memory_bytes": peak, "reserved_memory_bytes": reserved}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_memory_bytes": peak, "reserved_memory_bytes": None}
 
 
-def gpu_utilization(device: torch.device) -> int | None:
-    """Return the share of time the GPU was busy, in percent; None on a CPU."""
-    return torch.cuda.utilization(device) if device.type == "cuda" else None
+def draw_curves(folder: Path, title: str) -> None:
+    """Draw `loss.png`, `throughput.png` and `memory.png` from a run's `metrics.jsonl`."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    if rows:  # a run stopped before its first step has nothing to show
+        draw_loss(rows, folder / "loss.png", title)
+        draw_throughput(rows, folder / "throughput.png", title)
+        draw_memory(rows, folder / "memory.png", title)
 
 
-def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
+def draw_loss(rows: Sequence[Row], picture: Path, title: str) -> None:
     """Draw training loss (every step and smoothed) and held-out loss and exact match over the steps."""
-    import matplotlib  # here, not above: it takes half a second that only the rank that draws should spend
+    from matplotlib.figure import Figure  # without pyplot no window is looked for and no figure stays behind
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(metrics_file)
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    held_out = [(row["step"], row["held_out_loss"], row["exact_match"]) for row in rows if "held_out_loss" in row]
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, every step")
-        axis.plot(steps, smooth(losses), color="tab:blue", label="training loss, smoothed")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    steps, losses = select(rows, "loss")
+    axis.plot(steps, losses[0], color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, every step")
+    axis.plot(steps, smooth(losses[0]), color="tab:blue", label="training loss, smoothed")
     axis.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=title, yscale="log")
     axis.grid(alpha=0.3)
-    lines = axis.get_lines()
-    if held_out:
-        steps, losses, matches = zip(*held_out, strict=True)
-        axis.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="held-out loss")
+    steps, losses = select(rows, "held_out_loss")
+    if steps:
+        axis.plot(steps, losses[0], "o-", color="tab:orange", markersize=4, label="held-out loss")
         right = axis.twinx()
-        right.plot(steps, matches, "s--", color="tab:green", markersize=4, label="held-out exact match")
+        _, matches = select(rows, "exact_match")
+        right.plot(steps, matches[0], "s--", color="tab:green", markersize=4, label="held-out exact match")
         right.set(ylabel="exact match", ylim=(0, 1.02))
-        lines = [*axis.get_lines(), *right.get_lines()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
-def smooth(values: tuple[float, ...] | list[float], window: int = 25) -> list[float]:
+def draw_throughput(rows: Sequence[Row], picture: Path, title: str) -> None:
+    """Draw tokens per second and MFU, and below what share of each step was spent waiting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    speed, waits = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    steps, tokens = select(rows, "tokens_per_s")
+    plot_smoothed(speed, steps, tokens, "tab:blue", f"real tokens/s (median {np.median(tokens):,.0f})")
+    speed.set(ylabel="real tokens/s, all ranks", title=title, ylim=(0, None))
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    speed.grid(alpha=0.3)
+    steps, mfu = select(rows, "mfu")
+    if steps:
+        right = speed.twinx()
+        plot_smoothed(right, steps, 100 * mfu, "tab:green", f"MFU (median {100 * np.median(mfu):.1f} %)")
+        right.set(ylabel="MFU (%)", ylim=(0, 100))  # all that the cards could do: its line stays clear of the other
+    for name, color, what in (("data_wait_s", "tab:orange", "data"), ("rank_wait_s", "tab:purple", "other ranks")):
+        recorded = [row for row in rows if row.get(name) is not None]
+        (steps, waited), (_, step_s) = select(recorded, name), select(recorded, "step_s")
+        plot_smoothed(waits, steps, 100 * waited / step_s, color, f"waiting for {what}")
+    waits.set(xlabel="optimizer step", ylabel="share of the step (%)", ylim=(0, None))
+    waits.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(picture, dpi=120)
+
+
+def draw_memory(rows: Sequence[Row], picture: Path, title: str) -> None:
+    """Draw every rank's peak memory, and below how busy the GPUs were and their power where that was recorded."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    is_gpu = bool(select(rows, "reserved_memory_bytes")[0])
+    figure = Figure(figsize=(8, 8 if is_gpu else 5), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1]) if is_gpu else [figure.subplots()]
+    for name, style, what in (
+        ("peak_memory_bytes", "-", "allocated" if is_gpu else "resident"),
+        ("reserved_memory_bytes", "--", "reserved"),
+        ("gpu_memory_used_bytes", ":", "on the card"),
+    ):
+        steps, ranks = select(rows, name)
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ranks)))
+        for rank, (values, color) in enumerate(zip(ranks, colors, strict=True)):
+            is_named = style == "-" and rank % -(-len(ranks) // 8) == 0  # 8 names are enough to see the order
+            axes[0].plot(steps, values / GIB, style, color=color, label=f"rank {rank}" if is_named else None)
+        if steps:
+            axes[0].plot([], [], style, color="gray", label=f"{what}: at most {np.nanmax(ranks) / GIB:.2f} GiB")
+    axes[0].set(ylabel="highest so far, each rank (GiB)", title=title)
+    busy = (("gpu_utilization", "tab:blue", "utilisation (%)"), ("gpu_power_w", "tab:red", "power (W)"))
+    for axis, (name, color, what) in zip(axes[1:], busy, strict=False):  # a CPU has no such axes
+        plot_smoothed(axis, *select(rows, name), color, f"mean {what}")
+        axis.set(ylabel=f"GPU {what}")
+    axes[-1].set(xlabel="optimizer step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4 if is_gpu else 2)
+    figure.savefig(picture, dpi=120)
+
+
+def select(rows: Sequence[Row], name: str) -> tuple[list[int], np.ndarray]:
+    """Return the steps that recorded `name` and its values, (ranks, steps); NaN where a rank has none.
+
+    Ranks may become more or fewer when a run goes on elsewhere; a plain number counts as one rank's.
+    """
+    recorded = {row["step"]: np.atleast_1d(np.array(row.get(name), dtype=float)) for row in rows}  # None becomes NaN
+    recorded = {step: values for step, values in recorded.items() if not np.isnan(values).all()}
+    return list(recorded), np.array(list(zip_longest(*recorded.values(), fillvalue=np.nan)))
+
+
+def plot_smoothed(axis: "Axes", steps: Sequence[int], ranks: np.ndarray, color: str, label: str) -> None:
+    """Draw every rank's values faintly, and their mean over the ranks smoothed, where there are any."""
+    for values in ranks:
+        axis.plot(steps, values, color=color, alpha=0.25 / len(ranks) ** 0.5, linewidth=0.8)
+    if len(ranks):
+        axis.plot(steps, smooth(np.nanmean(ranks, axis=0)), color=color, label=label)
+
+
+def smooth(values: Sequence[float] | np.ndarray, window: int = 25) -> list[float]:
     """Return the mean of the last `window` values at each place, of as many as there are at the start."""
-    return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - window) : end])]
+    return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
