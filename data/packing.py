@@ -5,7 +5,7 @@ documents, how they are dealt to ranks and micro-batches, and each picture's aug
 same for any number of loader workers and ranks, and it resumes at any step. Each rank renders the text of the whole
 step (that is cheap), deals all documents by length, and opens only its own pictures.
 
-Shapes: T tokens of one packed row, N images, S image size in pixels.
+Shapes: T tokens of one packed row, A of them supervised, N images, S image size in pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.conversation import Rendered
+from data.conversation import IGNORE_INDEX, Rendered
 from data.dataset import ConversationDataset
 
 
@@ -27,6 +27,7 @@ class Batch:
 
     input_ids: Tensor  # (T,)
     labels: Tensor  # (T,), IGNORE_INDEX where nothing is learned
+    supervised: Tensor  # (A,), places of the tokens that are learned; known here, so that no GPU must be asked
     position_ids: Tensor  # (T,), from 0 in every document
     branch_ids: Tensor | None  # (T,), None where no document branches
     cu_seqlens: list[int]  # borders of the documents: 0, ..., T
@@ -44,6 +45,7 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            supervised=self.supervised.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             branch_ids=None if self.branch_ids is None else self.branch_ids.to(device, non_blocking=True),
             pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
@@ -63,12 +65,14 @@ class Step:
 
 def pack(documents: Sequence[tuple[int, Rendered, Tensor | None]]) -> Batch:
     """Lay documents (row number, text, pixels) end to end."""
+    labels = torch.tensor([label for _, text, _ in documents for label in text.labels])
     texts = [text for _, text, _ in documents]
     pixels = [pixel for _, _, pixel in documents if pixel is not None]
     branches = [branch for text in texts for branch in text.branch_ids]
     return Batch(
         input_ids=torch.tensor([token for text in texts for token in text.input_ids]),
-        labels=torch.tensor([label for text in texts for label in text.labels]),
+        labels=labels,
+        supervised=(labels != IGNORE_INDEX).nonzero().squeeze(1),
         position_ids=torch.tensor([position for text in texts for position in text.position_ids]),
         branch_ids=torch.tensor(branches) if any(branches) else None,
         cu_seqlens=[0, *np.cumsum([len(text) for text in texts]).tolist()],

@@ -5,10 +5,13 @@ Shapes: B rows, T tokens, D hidden size, H heads, K key/value heads, d head size
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attend
 
@@ -46,6 +49,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # In training the first so many layers keep only their input, and compute the rest again in backward.
+        self.checkpoint_layers = 0
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Return the final hidden states. `lm_head` is the caller's: it is wanted at few of the positions.
@@ -54,8 +59,11 @@ class Llama(nn.Module):
         """
         cos, sin = rotary_tables(position_ids, self.config.head_size, self.config.rope_theta, inputs_embeds.dtype)
         hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, cos, sin, attend)
+        for index, layer in enumerate(self.layers):
+            if index < self.checkpoint_layers and torch.is_grad_enabled():
+                hidden_states = checkpoint(layer, hidden_states, cos, sin, attend, use_reentrant=False)
+            else:
+                hidden_states = layer(hidden_states, cos, sin, attend)
         return self.norm(hidden_states)
 
 
@@ -102,7 +110,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
@@ -112,10 +120,49 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp32, cast back, and only then scaled: this order is what the released weights were trained with.
+        return _Normalize.apply(x, self.weight, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Plain autograd would also keep silu(gate): in training that is an eighth of a layer's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+
+
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) * weight, keeping x for backward where plain autograd would keep it in fp32, twice as large.
+
+    In fp32, cast back, and only then scaled: this order is what the released weights were trained with.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return weight * (x32 * inverse_rms).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normalized = x.float() * inverse_rms
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (gradient * normalized.to(x.dtype)).sum(dim=tuple(range(x.dim() - 1)))
+        gradient32 = (gradient * weight).float()
+        along = (gradient32 * normalized).mean(-1, keepdim=True)
+        x_gradient = (gradient32 - normalized * along).mul_(inverse_rms).to(x.dtype)
+        return x_gradient, weight_gradient, None
 
 
 def rotary_tables(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,14 @@ class Llava(nn.Module):
         Shapes: input_ids and position_ids (B, T), image_features (N, P, D) in reading order -> (B, T, D).
         Raises: ValueError when images and placeholders do not match.
         """
+        return self.language_model(self.embed(input_ids, image_features), position_ids, attend)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Return what the language model reads: words looked up, image features in their places. -> (B, T, D)."""
         inputs_embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
         if image_features is None:
             image_features = inputs_embeds.new_empty(0, self.config.vision.num_patches, inputs_embeds.shape[-1])
-        inputs_embeds = merge_image_features(inputs_embeds, input_ids < 0, image_features)
-        return self.language_model(inputs_embeds, position_ids, attend)
+        return merge_image_features(inputs_embeds, input_ids < 0, image_features)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Shapes: (N, 3, S, S) -> (N, P, D). A frozen tower takes no part in the backward pass."""
