@@ -18,11 +18,11 @@ from torch import Tensor
 
 from data.tokenizer import find_tokenizer
 from data.tokenizer_json import write_tokenizer_json
-from model.files import SHARD_BYTES, StoredTensor, read_json, replace_folder, write_json, write_shards, write_tensors
+from model.adapter_files import Adapter, load_adapter, merge_adapter, write_peft
+from model.files import SHARD_BYTES, StoredTensor, read_json, replace_folder, write_json, write_shards
 from model.hub import resolve_folder
 from model.layout_files import CHAT_TEMPLATE, IMAGE_TOKEN, PAD_TOKEN, hf_files, official_files
 from model.layouts import Layout, to_layout
-from model.lora import ADAPTER_CONFIG, Adapter, load_adapter, merge_adapter
 from model.weights import Checkpoint, open_checkpoint
 
 HF_ROUND_ROWS = 64  # llava-hf pads its vocabulary to a multiple of this
@@ -80,49 +80,13 @@ def export(checkpoint: Checkpoint, layout: Layout, folder: Path, shard_bytes: in
 
 
 def export_peft(adapter: Adapter, base: str | None, folder: Path) -> None:
-    """Write an adapter, and the projector trained with it, as PEFT does for a model of the llava-hf layout.
+    """Write an adapter, and what was trained whole with it, as PEFT does for a model of the llava-hf layout.
 
-    Raises: ValueError for an adapter that learned nothing, or that changes more than the language model; OSError.
+    Raises: ValueError for an adapter that learned nothing, or that holds more than PEFT can put on that model; OSError.
     """
     _check_trained(adapter)
-    if outside := [layer for layer in adapter.factors if not layer.startswith("language_model.layers.")]:
-        raise ValueError(f"{adapter.folder} has LoRA matrices outside the language model: {', '.join(outside)}")
-    tensors: dict[str, Tensor] = {}
-    for layer, factors in adapter.factors.items():
-        name = f"base_model.model.model.{layer}"
-        tensors[f"{name}.lora_A.weight"] = factors.lora_A.load()
-        tensors[f"{name}.lora_B.weight"] = factors.lora_B.load()
-    for name, tensor in adapter.trained_whole.items():
-        if not name.startswith("projector."):
-            raise ValueError(f"{adapter.folder} has trained {name}: only the projector can ride along")
-        tensors[f"base_model.model.model.multi_modal_projector.{name.removeprefix('projector.')}"] = tensor.load()
-    ranks = {layer: factors.lora_A.shape[0] for layer, factors in adapter.factors.items()}
-    alphas = {layer: factors.alpha for layer, factors in adapter.factors.items()}
-    rank, alpha = max(ranks.values()), adapter.settings["lora_alpha"]
-    linears = sorted({layer.split(".", maxsplit=3)[3] for layer in adapter.factors})
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or adapter.settings.get("base_model_name_or_path"),
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": bool(adapter.settings.get("use_rslora")),
-        "lora_dropout": adapter.settings.get("lora_dropout", 0.0),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        # A pattern: a list of names would also match the vision tower's q_proj, k_proj and v_proj.
-        "target_modules": rf".*language_model\.layers\.\d+\.({'|'.join(linears)})".replace(
-            "_attn.", r"_attn\."
-        ).replace("mlp.", r"mlp\."),
-        "modules_to_save": ["multi_modal_projector"] if adapter.trained_whole else None,
-        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
-        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
-    }
     with replace_folder(folder) as temporary:
-        write_json(temporary / ADAPTER_CONFIG, settings)
-        write_tensors(temporary / "adapter_model.safetensors", tensors)
+        write_peft(temporary, adapter, base)
 
 
 def _check_trained(adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) 
     for old, new in pieces:
         new.copy_(buffer[: len(old)].copy_(old))
     return result
+
+
+def cast_stored(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    """Return the same tensor in another type, which it takes on when it is read."""
+    return replace(tensor, dtype=dtype, read=lambda rows: cast_tensor(tensor.read(rows), dtype, "cpu"))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.adapter_files import ADAPTER_CONFIG, Adapter, LoraSettings, load_adapter, merge_adapter, write_adapter
 from model.config import MODEL_TYPE, LlavaConfig
 from model.files import StoredTensor, cast_tensor, open_folder, read_json, replace_folder, write_json, write_shards
 from model.hub import resolve_folder
@@ -34,7 +35,8 @@ from model.layouts import (
     vision_tower_name,
 )
 from model.llava import Llava
-from model.lora import ADAPTER_CONFIG, Adapter, attach_adapter, load_adapter, merge_adapter
+from model.lora import attach_adapter, check_adapter
+from model.projector import Projector
 from model.quantize import QuantizedLinear, quantize_linears, quantize_weight
 
 CONFIG_FILE = "config.json"
@@ -127,6 +129,7 @@ def open_checkpoint(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     adapter: str | Path | None = None,
+    projector_seed: int | None = None,
 ) -> Checkpoint:
     """Find the parts of a model and list their tensors, after checking that they fit together.
 
@@ -135,6 +138,7 @@ def open_checkpoint(
         base: what a projector or an adapter belongs to.
         vision_tower: a CLIP to take the tower from; otherwise the model's own, or the one that its config names.
         adapter: a LoRA on top of `path`; the same as `path=adapter, base=path`.
+        projector_seed: start a projector at random where there is none, as stage 1 does beside a bare language model.
     Raises: FileNotFoundError for a file that is missing; ValueError for parts that do not go together.
     """
     folder = resolve_folder(path)
@@ -183,11 +187,14 @@ def open_checkpoint(
     is_ours = llava_values.get("model_type") == MODEL_TYPE
     chat_template = llava_values.get("chat_template", config.chat_template) if is_ours else OFFICIAL_CHAT
     config = replace(config, chat_template=chat_template)
+    if projector_seed is not None and not any(name.startswith("projector.") for name in tensors):
+        tensors |= _random_projector(config, projector_seed)
     with torch.device("meta"):
-        wanted = list_shapes(Llava(config).state_dict())
-    _check_shapes(wanted, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
+        model = Llava(config)
+    _check_shapes(list_shapes(model.state_dict()), {name: tensor.shape for name, tensor in tensors.items()}, str(path))
     if loaded is not None:
-        _check_adapter(wanted, loaded)
+        loaded = replace(loaded, trained_whole={})
+        check_adapter(model, loaded)
     return Checkpoint(config, tensors, loaded, tuple(parts))
 
 
@@ -201,14 +208,56 @@ def save_llava(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor],
         wanted = list_shapes(Llava(config).state_dict())
     _check_shapes(wanted, list_shapes(tensors), str(folder))
     with replace_folder(folder) as temporary:
-        write_json(temporary / CONFIG_FILE, config.to_dict())
-        shutil.copyfile(tokenizer_file, temporary / f"tokenizer{tokenizer_file.suffix}")
-        write_shards(temporary, {name: StoredTensor.wrap(tensor, name) for name, tensor in tensors.items()})
+        write_llava(
+            temporary,
+            config,
+            {name: StoredTensor.wrap(tensor, name) for name, tensor in tensors.items()},
+            tokenizer_file,
+        )
+
+
+def write_llava(folder: Path, config: LlavaConfig, tensors: Mapping[str, StoredTensor], tokenizer_file: Path) -> None:
+    """Write into a folder a model, or a part of one such as a projector, in our own layout. Raises: OSError."""
+    _write_config(folder, config, tokenizer_file)
+    write_shards(folder, tensors)
+
+
+def write_lora(
+    folder: Path,
+    config: LlavaConfig,
+    tensors: Mapping[str, Tensor],
+    settings: LoraSettings,
+    base: str,
+    tokenizer_file: Path,
+) -> None:
+    """Write into a folder an adapter as PEFT does, and what our own layout adds: prompt template and vocabulary.
+
+    Args: see `write_adapter`.
+    Raises: OSError.
+    """
+    _write_config(folder, config, tokenizer_file)
+    write_adapter(folder, tensors, settings, base)
+
+
+def _write_config(folder: Path, config: LlavaConfig, tokenizer_file: Path) -> None:
+    write_json(folder / CONFIG_FILE, config.to_dict())
+    shutil.copyfile(tokenizer_file, folder / f"tokenizer{tokenizer_file.suffix}")
 
 
 def list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return every tensor's shape by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _random_projector(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
+    """Start as official LLaVA does: with PyTorch's own random linear layers."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+    return {
+        f"projector.{name}": StoredTensor.wrap(tensor, f"random projector.{name}")
+        for name, tensor in projector.state_dict().items()
+    }
 
 
 def _open_renamed(folder: Path) -> dict[str, StoredTensor]:
@@ -257,16 +306,3 @@ def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
         causes.append("the tower is another CLIP than config.json says")
     cause = f"\nlikely cause: {'; '.join(causes)}" if causes else ""
     raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems) + cause)
-
-
-def _check_adapter(wanted: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
-    problems = []
-    for layer, factors in adapter.factors.items():
-        fits = (factors.lora_B.shape[0], factors.lora_A.shape[1])
-        if (shape := wanted.get(f"{layer}.weight")) != fits:
-            problems.append(f"{layer} is {shape or 'not there'} in the base, the adapter was trained on {fits}")
-    if problems:
-        raise ValueError(
-            f"the adapter {adapter.folder} does not fit its base:\n  " + "\n  ".join(problems)
-            + "\nlikely cause: it was trained on a base of another size (7B and 13B are not exchangeable)"
-        )  # fmt: skip

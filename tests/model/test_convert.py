@@ -20,10 +20,10 @@ from torch import Tensor
 from data.conversation import Turn, render_conversation
 from data.image import preprocess_image
 from data.tokenizer import Tokenizer
+from model.adapter_files import load_adapter
 from model.convert import export, export_peft
 from model.files import open_folder
 from model.llava import Llava
-from model.lora import load_adapter
 from model.weights import load_llava, open_checkpoint, save_llava
 from tests.conftest import ROOT, TINY_TOKENIZER
 from tests.model.checkpoints import (

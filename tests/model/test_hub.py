@@ -18,9 +18,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from model.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES, OFFICIAL_REST
 from model.files import WEIGHT_FILES
 from model.hub import OTHERS, WEIGHTS, choose_files, resolve_folder
-from model.lora import ADAPTER_CONFIG, ADAPTER_FILES, OFFICIAL_REST
 from tests.conftest import ROOT
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
