@@ -18,22 +18,28 @@ from typing import Any
 from data.conversation import TEMPLATES
 from data.image import ASPECTS
 
-CHOICES = {
-    "train": ("vision", "language", "projector", "full"),
+CHOICES: dict[str, tuple] = {
+    "train": ("vision", "language", "projector", "lora", "full"),
     "template": TEMPLATES,
     "aspect": ASPECTS,
     "dtype": ("float32", "bfloat16"),
+    "bits": (16, 8, 4),
+    "parallel": ("fsdp", "hsdp", "ddp"),
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     name: str  # the stage's folder is runs/<name>
-    train: str  # vision: the ViT, as CLIP; language: the LLaMA, on text; projector: it alone; full: LLaMA and projector
+    # vision: the ViT, as CLIP; language: the LLaMA, on text; projector: it alone; lora: adapters beside the LLaMA's
+    # linears, and the projector; full: LLaMA and projector
+    train: str
     data: str  # conversation file, JSON or JSONL
 
     # Start
     model: str = ""  # a size to start at random ("tiny"), a model folder or hub id; "" is what the stage before left
+    base: str = ""  # what `model` belongs to where it is a projector or an adapter
+    vision_tower: str = ""  # CLIP for a model that has none, or another one than its own
     tokenizer: str = ""  # used with a size, "" is the tiny vocabulary; a model folder brings its own
     seed: int = 0  # decides random weights, the order of the data, augmentation
 
@@ -54,6 +60,15 @@ class TrainConfig:
     max_steps: int = 0  # stop here if that comes first; 0 is no limit
     stop_at: float = 0.0  # end as soon as this held-out exact match is reached, fail if it never is; 0 is no gate
 
+    # LoRA (train = "lora"); scale of what it adds: alpha / rank
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    lora_dropout: float = 0.0
+    lora_rslora: bool = False  # scale alpha / sqrt(rank): large ranks then learn as fast as small ones
+    lora_targets: str = ""  # linears of the LLaMA's layers, "q_proj,v_proj"; "" is all seven
+    lora_vocabulary: bool = False  # train embeddings and lm_head, too, as a whole: for words the base never saw
+    bits: int = 16  # of the frozen linears under the adapters: 8 and 4 are quantised, 4 is QLoRA
+
     # Optimizer: AdamW, warm-up, cosine to zero
     learning_rate: float = 2e-5
     projector_learning_rate: float = 0.0  # 0 is learning_rate
@@ -65,7 +80,10 @@ class TrainConfig:
 
     # Machine
     dtype: str = "bfloat16"  # of computing and of frozen weights; trained weights are always kept in float32
-    shard_size: int = 0  # ranks that share one copy of the weights (FSDP); 0 is all, 1 is a copy each
+    # fsdp: the ranks share one copy of the weights; hsdp: those of a machine do; ddp: a copy each (small or 4-bit models)
+    parallel: str = "fsdp"
+    checkpoint_layers: int = 0  # of the LLaMA, from the first: their activations are computed again in backward
+    card_gib: float = 0.0  # memory that a rank may use, for the plan; 0 is what its card has
     peak_tflops: float = 0.0  # one card's dense peak in `dtype`, for MFU; 0 leaves MFU out
 
     # Records
@@ -73,6 +91,7 @@ class TrainConfig:
     eval_rows: int = 0  # rows of held_out to measure on; 0 is all
     save_every: int = 0  # steps between checkpoints; 0 saves none on the way
     keep_checkpoints: int = 2  # newest ones kept
+    tensorboard: bool = False  # the metrics as TensorBoard events, too
     keep: bool = False  # take the result of an identical earlier run instead of training again
 
 
@@ -129,7 +148,7 @@ def _find_problem(config: TrainConfig) -> str | None:
     positive = ("batch_size", "micro_batch_tokens", "max_tokens", "keep_checkpoints", "epochs", "learning_rate")
     rules = [
         *(
-            (values[key] in choices, f"{key} = {values[key]!r}, expected one of {', '.join(choices)}")
+            (values[key] in choices, f"{key} = {values[key]!r}, expected one of {', '.join(map(str, choices))}")
             for key, choices in CHOICES.items()
         ),
         *((0 <= n < math.inf, f"{key} = {n}, expected a finite number of at least 0") for key, n in numbers.items()),
@@ -152,9 +171,22 @@ def _find_problem(config: TrainConfig) -> str | None:
         ),
         (not config.stop_at or config.eval_every > 0, "stop_at needs eval_every: the gate is measured on the way"),
         (
-            config.train == "full" or not (config.vision_learning_rate or config.projector_learning_rate),
-            f"vision_learning_rate and projector_learning_rate go with train = 'full', not {config.train!r}: "
-            "use learning_rate",
+            config.train in ("full", "lora") or not config.projector_learning_rate,
+            f"projector_learning_rate goes with train = 'full' or 'lora', not {config.train!r}: use learning_rate",
+        ),
+        (
+            config.train == "full" or not config.vision_learning_rate,
+            f"vision_learning_rate goes with train = 'full', not {config.train!r}",
+        ),
+        (
+            config.bits == 16 or config.train in ("lora", "projector"),
+            f"bits = {config.bits} are frozen weights, train = {config.train!r} trains them: use 'lora'",
+        ),
+        (config.train != "lora" or config.lora_rank > 0, "lora_rank = 0, expected more"),
+        (config.lora_dropout < 1, f"lora_dropout = {config.lora_dropout} is a share, expected below 1"),
+        (
+            bool(config.model) or not (config.base or config.vision_tower),
+            "base and vision_tower belong to a model, which is not given",
         ),
     ]
     return next((problem for is_kept, problem in rules if not is_kept), None)
@@ -168,6 +200,27 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value  # a bare word is a string: train=projector
+
+
+# What may change between a run and its checkpoint: where and how fast, not what is learned.
+NOT_OF_THE_RESULT = {
+    "parallel", "checkpoint_layers", "card_gib", "peak_tflops", "num_workers", "save_every", "keep_checkpoints",
+    "tensorboard", "keep",
+}  # fmt: skip
+
+
+def settings_of_the_result(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that decide what a stage learns, up to the order of sums."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_OF_THE_RESULT}
+
+
+def is_same_result(file: Path, config: TrainConfig) -> bool:
+    """Tell whether a run's `config.toml` asks for the same result as `config`."""
+    try:
+        (saved,) = load_configs([file])
+    except ValueError:  # a key of another version of this project
+        return False
+    return settings_of_the_result(saved) == settings_of_the_result(config)
 
 
 def format_config(config: TrainConfig) -> str:

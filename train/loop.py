@@ -3,19 +3,21 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.packing import Step, StepDataset, held_out_steps
-from train.checkpoint import save_checkpoint
+from train.checkpoint import CheckpointWriter
 from train.loss import split_answers
-from train.metrics import MetricsFile, gpu_utilization, peak_memory_bytes
+from train.metrics import MetricsFile, memory_bytes
+from train.monitor import GpuMonitor, StepProfiler, TensorBoardFile
 from train.optim import schedule, set_learning_rates
 from train.parallel import Ranks, backward, clip_gradients
 
@@ -39,6 +41,16 @@ class Measurement:
     samples: list[tuple[str, str]]  # (true, predicted) answers of the first rows, on the first rank
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float  # per supervised token
+    grad_norm: float
+    is_stopping: bool  # whether any rank was asked to stop
+    rank_wait_s: float  # how long the ranks waited, on average, for the slowest
+
+
 def train(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -47,8 +59,11 @@ def train(
     folder: Path,
     ranks: Ranks,
     stop_request: StopRequest,
+    checkpoints: CheckpointWriter,
+    collect_trained: Callable[[], dict[str, Tensor]],
     *,
     title: str,
+    seed: int,
     first_step: int,
     num_steps: int,
     warmup_ratio: float,
@@ -57,9 +72,10 @@ def train(
     eval_rows: int,
     stop_at: float,
     save_every: int,
-    keep_checkpoints: int,
     flops_per_token: float,
     peak_flops: float,
+    tensorboard: bool,
+    is_profiled: bool,
 ) -> bool:
     """Do steps `first_step` to `num_steps`, or until `stop_at` is reached; tell whether the stage is finished.
 
@@ -67,10 +83,9 @@ def train(
     Raises: ValueError for a loss that is not finite (before it touches the weights), for data nothing can be learned
         from, or for a gate that was not reached; OSError when a checkpoint cannot be written. On every rank.
     """
-    metrics = MetricsFile(folder / "metrics.jsonl", first_step) if ranks.is_first else None
-    bar = tqdm(
-        total=num_steps, initial=first_step, desc=title, unit="step", disable=not ranks.is_first, mininterval=0.5
-    )
+    recorder = Recorder(folder, first_step, num_steps, title, tensorboard) if ranks.is_first else None
+    profiler = StepProfiler(folder, ranks.rank) if is_profiled else None
+    monitor = GpuMonitor(ranks.device)
     num_documents = 0
     unlearnable: set[int] = set()
     gate_reached, is_done = stop_at == 0, False
@@ -79,35 +94,46 @@ def train(
     for number, step in enumerate(loader, start=first_step + 1):
         started = time.perf_counter()
         rates = set_learning_rates(optimizer, schedule(number - 1, num_steps, warmup_ratio))
-        loss, grad_norm, stop = do_step(objective, optimizer, step, max_grad_norm, ranks, stop_request)
+        seed_step(seed, number, ranks.rank)
+        result = do_step(objective, optimizer, step, max_grad_norm, ranks, stop_request)
         num_documents += step.num_documents
         unlearnable |= set(step.rows_without_labels)
         check_learnable(unlearnable, num_documents)
 
         step_s = time.perf_counter() - waiting_since
-        row = {"step": number, "loss": loss, "learning_rates": rates, "grad_norm": grad_norm}
-        row |= describe_speed(step, step_s, started - waiting_since, flops_per_token, peak_flops, ranks.device)
+        row: dict[str, Any] = {
+            "step": number,
+            "loss": result.loss,
+            "learning_rates": rates,
+            "grad_norm": result.grad_norm,
+        }
+        row |= describe_speed(step, step_s, flops_per_token, peak_flops)
+        row |= {"data_wait_s": started - waiting_since, "rank_wait_s": result.rank_wait_s}
+        row |= describe_machine(ranks, monitor)
         if held_out and ((eval_every and number % eval_every == 0) or number == num_steps):
             measured = measure(objective, held_out, eval_rows, ranks)
             row |= {"held_out_loss": measured.loss, "exact_match": measured.exact_match}
             if ranks.is_first:
                 write_samples(folder / "samples.jsonl", number, measured.samples)
             gate_reached |= measured.exact_match >= stop_at
-        if metrics:
-            metrics.write(row)
-        shown = {"loss": f"{loss:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
-        bar.set_postfix(shown | ({"exact": f"{measured.exact_match:.1%}"} if "exact_match" in row else {}))
-        bar.update()
+        if recorder:
+            recorder.write(row)
+        if profiler:
+            profiler.step()
 
         is_done = number == num_steps or (stop_at > 0 and gate_reached)
-        if (save_every and number % save_every == 0 and not is_done) or (stop and not is_done):
-            save_checkpoint(folder / "checkpoints", number, objective, optimizer, keep_checkpoints, ranks)
-        if stop or is_done:
+        if not is_done and (result.is_stopping or (save_every and number % save_every == 0)):
+            checkpoints.save(number, objective, optimizer, collect_trained(), row.get("held_out_loss"))
+        checkpoints.poll()
+        if result.is_stopping or is_done:
             break
         waiting_since = time.perf_counter()
-    bar.close()
-    if metrics:
-        metrics.close()
+    checkpoints.finish()
+    monitor.close()
+    if profiler:
+        profiler.close()
+    if recorder:
+        recorder.close()
     if is_done and not gate_reached:
         raise ValueError(
             f"stage {title} did not reach stop_at = {stop_at} in {num_steps} steps: give it more (max_steps, epochs), "
@@ -119,6 +145,33 @@ def train(
     return is_done
 
 
+class Recorder:
+    """Where a step's row goes: `metrics.jsonl`, TensorBoard if wanted, and the progress bar."""
+
+    def __init__(self, folder: Path, first_step: int, num_steps: int, title: str, tensorboard: bool) -> None:
+        self.files: list[MetricsFile | TensorBoardFile] = [MetricsFile(folder / "metrics.jsonl", first_step)]
+        if tensorboard:
+            self.files.append(TensorBoardFile(folder, first_step))
+        self.bar = tqdm(total=num_steps, initial=first_step, desc=title, unit="step", mininterval=0.5)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for file in self.files:
+            file.write(row)
+        shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
+        self.bar.set_postfix(shown | ({"exact": f"{row['exact_match']:.1%}"} if "exact_match" in row else {}))
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        for file in self.files:
+            file.close()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Let what a step draws at random (dropout) depend on its number, so that a resumed run draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
 def do_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -126,22 +179,25 @@ def do_step(
     max_grad_norm: float,
     ranks: Ranks,
     stop_request: StopRequest,
-) -> tuple[float, float, bool]:
-    """Do one optimizer step; return its loss, the gradients' norm, and whether any rank was asked to stop.
+) -> StepResult:
+    """Do one optimizer step.
 
     Note: the loss is the sum over all tokens of the step divided by their number, over all ranks and micro-batches.
     Official LLaVA averages each micro-batch and then those averages, so there a token's weight depends on its company.
     """
     if step.num_supervised == 0:
         raise ValueError(f"rows {step.rows_without_labels} make a whole step without a supervised token")
+    started = time.perf_counter()
     loss_sum = torch.zeros((), device=ranks.device)
     for index, batch in enumerate(step.micro_batches):
         batch_sum, _ = objective(batch.to(ranks.device))
         is_last = index + 1 == len(step.micro_batches)
         backward(batch_sum / step.num_supervised, objective, ranks, is_last)
         loss_sum += batch_sum.detach()
-    total, num_stopping = ranks.sum([loss_sum.item(), float(stop_request.is_set)])
-    loss = total / step.num_supervised
+    own_loss = loss_sum.item()  # waits for the GPU
+    shares = ranks.gather([own_loss, float(stop_request.is_set), time.perf_counter() - started])
+    loss_sums, stopping, times = zip(*shares, strict=True)
+    loss = sum(loss_sums) / step.num_supervised
     grad_norm = clip_gradients([p for p in objective.parameters() if p.requires_grad], max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         rows = sorted(row for batch in step.micro_batches for row in batch.rows)
@@ -151,13 +207,15 @@ def do_step(
         )
     optimizer.step()
     optimizer.zero_grad()
-    return loss, grad_norm, num_stopping > 0
+    return StepResult(loss, grad_norm, any(stopping), max(times) - sum(times) / len(times))
 
 
-def describe_speed(
-    step: Step, step_s: float, data_wait_s: float, flops_per_token: float, peak_flops: float, device: torch.device
-) -> dict[str, Any]:
-    """Return what `metrics.jsonl` says of a step's size, speed and memory; tokens are real ones, over all ranks."""
+def describe_speed(step: Step, step_s: float, flops_per_token: float, peak_flops: float) -> dict[str, Any]:
+    """Return what `metrics.jsonl` says of a step's size and speed; tokens are real ones, over all ranks.
+
+    MFU = tokens per second x floating-point operations that a token needs / what the cards could do. Operations that
+    checkpointed layers do a second time are not needed ones.
+    """
     tokens_per_s = step.num_tokens / step_s
     return {
         "tokens_per_s": tokens_per_s,
@@ -165,11 +223,16 @@ def describe_speed(
         "supervised_tokens": step.num_supervised,
         "micro_batches": len(step.micro_batches),
         "step_s": step_s,
-        "data_wait_s": data_wait_s,
         "mfu": tokens_per_s * flops_per_token / peak_flops if peak_flops else None,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "gpu_utilization": gpu_utilization(device),
     }
+
+
+def describe_machine(ranks: Ranks, monitor: GpuMonitor) -> dict[str, Any]:
+    """Return every rank's memory and, where there are GPUs, how busy they were since the last step: lists by rank."""
+    own = {**memory_bytes(ranks.device), **monitor.read()}
+    table = ranks.gather([math.nan if value is None else float(value) for value in own.values()])
+    columns = ([None if math.isnan(value) else value for value in column] for column in zip(*table, strict=True))
+    return dict(zip(own, columns, strict=True))
 
 
 @torch.no_grad()

@@ -5,10 +5,12 @@ Shapes: T tokens of a packed row, A supervised tokens, N images, C captions, D h
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data.conversation import IGNORE_INDEX
@@ -16,9 +18,10 @@ from data.packing import Batch
 from model.attention import PackedAttention
 from model.llava import Llava
 from model.vision import VisionTower
+from train.parallel import Block
 
 # Logits are the largest tensors of a step (V floats a token); this many tokens of them exist at a time.
-LOGITS_CHUNK_TOKENS = 4096
+LOGITS_CHUNK_TOKENS = 2048
 MAX_CAPTIONS = 4096
 
 
@@ -28,15 +31,19 @@ class NextToken(nn.Module):
     def __init__(self, llava: Llava, reads_images: bool) -> None:
         super().__init__()
         self.llava = llava
+        self.token_loss = TokenLoss(llava.language_model.lm_head)
         self.reads_images = reads_images
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the layers that a forward pass runs one after another: what sharding gathers one at a time."""
-        tower = self.llava.vision_tower
-        return [
-            *(tower.layers[: tower.num_used_layers] if self.reads_images else []),
-            *self.llava.language_model.layers,
-        ]
+    def blocks(self) -> list[Block]:
+        """Return what a forward pass runs, part by part, for sharding.
+
+        Gradients pass through the LLaMA's layers; the others take part in backward only if they are trained.
+        """
+        tower, llama = self.llava.vision_tower, self.llava.language_model
+        layers = list(llama.layers)
+        parts = [*(tower.layers[: tower.num_used_layers] if self.reads_images else []), llama.embed_tokens]
+        parts += [*layers, self.token_loss]
+        return [Block(part, part in layers or is_trained(part)) for part in parts]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the likeliest token at each supervised position (A,).
@@ -46,17 +53,8 @@ class NextToken(nn.Module):
         attend = PackedAttention(batch.cu_seqlens, batch.branch_ids)
         features = self._encode(batch) if self.reads_images else None
         hidden_states = self.llava(batch.input_ids[None], batch.position_ids[None], attend, features)[0]  # (T, D)
-        supervised = (batch.labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
-        targets = batch.labels[1:][supervised]
-        hidden_states = hidden_states[supervised]  # (A, D): the position before a token predicts it
-        loss_sum = hidden_states.new_zeros((), dtype=torch.float32)
-        predicted = [targets[:0]]
-        for start in range(0, len(targets), LOGITS_CHUNK_TOKENS):
-            part = slice(start, start + LOGITS_CHUNK_TOKENS)
-            loss, answer = self._chunk_loss(hidden_states[part], targets[part], recompute=start > 0)
-            loss_sum = loss_sum + loss
-            predicted.append(answer)
-        return loss_sum, torch.cat(predicted)
+        # The position before a token predicts it. (A, D)
+        return self.token_loss(hidden_states[batch.supervised - 1], batch.labels[batch.supervised])
 
     def _encode(self, batch: Batch) -> Tensor:
         if batch.pixel_values is not None:
@@ -66,14 +64,69 @@ class NextToken(nn.Module):
         size = self.llava.config.vision.image_size
         return self.llava.encode_images(torch.zeros(1, 3, size, size, device=batch.input_ids.device))[:0]
 
-    def _chunk_loss(self, hidden_states: Tensor, targets: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(self._head_loss, hidden_states, targets, use_reentrant=False)
-        return self._head_loss(hidden_states, targets)
 
-    def _head_loss(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.llava.language_model.lm_head(hidden_states).float()  # (A, D) -> (A, V)
+class TokenLoss(nn.Module):
+    """`lm_head` and cross entropy in one, a chunk of tokens at a time: the logits never exist together.
+
+    A module of its own so that sharding can gather `lm_head`, which the model owns, just around it.
+    """
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+
+    def forward(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses in fp32, and the likeliest tokens (A,). Shapes: (A, D), (A,)."""
+        loss_sum = hidden_states.new_zeros((), dtype=torch.float32)
+        predicted = [targets[:0]]
+        for hidden, target in zip(
+            hidden_states.split(LOGITS_CHUNK_TOKENS), targets.split(LOGITS_CHUNK_TOKENS), strict=True
+        ):
+            loss, answer = self._chunk_loss(hidden, target)
+            loss_sum = loss_sum + loss
+            predicted.append(answer)
+        return loss_sum, torch.cat(predicted)
+
+    def _chunk_loss(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return self._trained_loss(hidden_states, targets)
+        if self.lm_head.weight.requires_grad:
+            return checkpoint(self._trained_loss, hidden_states, targets, use_reentrant=False)
+        return _FrozenHeadLoss.apply(hidden_states, self.lm_head.weight, targets)
+
+    def _trained_loss(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(hidden_states).float()  # (A, D) -> (A, V)
         return F.cross_entropy(logits, targets, reduction="sum"), logits.detach().argmax(dim=-1)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The loss over frozen `lm_head` weights. Its gradient is made at once: backward needs neither logits nor weights.
+
+    Source: the idea of Hsu et al. 2024, "Liger Kernel": the loss is a scalar, so its gradient can only be scaled later.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden_states, weight).float()  # (A, D) -> (A, V)
+        answer = logits.argmax(dim=-1)
+        log_total = logits.logsumexp(dim=-1)
+        loss = (log_total - logits.gather(1, targets[:, None]).squeeze(1)).sum()
+        # d loss / d logits = probabilities - 1 at the target, made in the logits' own memory
+        gradient = logits.sub_(log_total[:, None]).exp_()
+        gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+        ctx.save_for_backward(gradient.to(weight.dtype) @ weight)  # (A, D)
+        ctx.mark_non_differentiable(answer)
+        return loss, answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (hidden_gradient,) = ctx.saved_tensors
+        return gradient.to(hidden_gradient.dtype) * hidden_gradient, None, None
+
+
+def is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class CaptionMatching(nn.Module):
@@ -102,9 +155,11 @@ class CaptionMatching(nn.Module):
         self.captions = list(captions)
         self.index_of = {caption: index for index, caption in enumerate(self.captions)}
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the layers that a forward pass runs one after another: what sharding gathers one at a time."""
-        return list(self.vision_tower.layers[: self.vision_tower.num_used_layers])
+    def blocks(self) -> list[Block]:
+        """Return the layers that a forward pass runs one after another, for sharding."""
+        return [
+            Block(layer, in_backward=True) for layer in self.vision_tower.layers[: self.vision_tower.num_used_layers]
+        ]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the chosen captions' tokens at the supervised positions (A,)."""

@@ -6,9 +6,10 @@ they are used and sums gradients afterwards. One rank is the same program with n
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -18,6 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from model.files import StoredTensor, cast_tensor
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before it gives up
 
@@ -28,6 +32,7 @@ class Ranks:
 
     rank: int
     size: int
+    num_local: int  # of them on this machine
     device: torch.device
     store: dist.Store
 
@@ -35,12 +40,17 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Add up each value over the ranks, in double precision."""
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Return every rank's values, in the order of ranks."""
         # On the device: NCCL moves nothing else.
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone).tolist()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add up each value over the ranks, in double precision and the same order on all of them."""
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -56,7 +66,14 @@ def start_ranks() -> Ranks:
 
     Raises: ValueError when there are more ranks on this machine than GPUs.
     """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -73,7 +90,17 @@ def start_ranks() -> Ranks:
     store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return Ranks(rank, size, device, store)
+    return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), device, store)
+
+
+def start_fake_ranks(size: int, num_local: int, device: torch.device) -> Ranks:
+    """Be the first of `size` ranks of which the others do not exist: for simulating what one rank does.
+
+    Collectives return at once, with memory as in truth and values that mean nothing.
+    """
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=size)
+    return Ranks(0, size, num_local, device, store)
 
 
 def leave_ranks(exit_code: int) -> NoReturn:
@@ -87,27 +114,92 @@ def leave_ranks(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def shard(objective: nn.Module, blocks: Sequence[nn.Module], shard_size: int, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Spread an objective's parameters over the ranks, in place.
+@dataclass(frozen=True)
+class Block:
+    """A part of an objective that is gathered before it runs and given back afterwards."""
+
+    module: nn.Module
+    in_backward: bool  # whether backward needs its weights: to train them, or to pass gradients on
+
+
+def shard(objective: nn.Module, blocks: Sequence[Block], parallel: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Spread an objective's parameters over the ranks, in place. They may still be on the meta device.
+
+    - "fsdp": the ranks share one copy. A block's weights are gathered when it runs.
+    - "hsdp": the ranks of one machine share a copy, gradients are summed over machines: the slow network between them
+      carries gradients of what is trained, never weights.
+    - "ddp": every rank has a copy of its own, as one rank alone has. Only gradients are exchanged.
 
     Args:
-        blocks: modules gathered one at a time; what is outside them is gathered for the whole step. Each must run in
-            every step: FSDP cannot accumulate gradients over a group that was never gathered.
-        shard_size: ranks that share one copy; 0 is all of them, 1 gives every rank a copy of its own.
+        blocks: in the order they run; what is outside them is gathered for the whole step. Each must run in every step
+            on every rank: FSDP cannot accumulate gradients over a group that was never gathered.
         dtype: of computing. Trained parameters stay in float32, gradients are summed in float32.
-    Raises: ValueError when shard_size does not divide the number of ranks.
+    Raises: ValueError when machines have different numbers of ranks.
     """
-    shard_size = shard_size or ranks.size
+    shard_size = {"fsdp": ranks.size, "hsdp": ranks.num_local, "ddp": 1}[parallel]
     if ranks.size % shard_size:
-        raise ValueError(f"shard_size = {shard_size} does not divide the {ranks.size} ranks")
+        raise ValueError(
+            f"parallel = '{parallel}' wants equally many ranks on every machine, here are {ranks.num_local} of the "
+            f"{ranks.size}: use the same --nproc_per_node everywhere"
+        )
     mesh = init_device_mesh(
         ranks.device.type, (ranks.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
     )
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if shard_size > 1:  # with a whole copy on every rank there is nothing to gather block by block
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if shard_size == 1:  # a whole copy on every rank: frozen weights are none of FSDP's business
+        frozen = {parameter for parameter in objective.parameters() if not parameter.requires_grad}
+        fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
+        return
+    last = max(index for index, block in enumerate(blocks) if block.in_backward)
+    groups = [
+        # The last one's backward follows its forward at once: giving it back in between would only cost a gather.
+        fully_shard(block.module, mesh=mesh, mp_policy=policy, reshard_after_forward=index != last)
+        for index, block in enumerate(blocks)
+    ]
+    # Said, since FSDP does not see that `lm_head`, which is in a block, is also the language model's.
+    in_blocks = {parameter for block in blocks for parameter in block.module.parameters()}
+    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=in_blocks)
+    # While a block computes, the next one's weights travel: over PCIe that takes about as long as computing.
+    for group, following in pairwise(groups):
+        group.set_modules_to_forward_prefetch([following])
+    for block, group in zip(blocks, groups, strict=True):
+        if not block.in_backward:  # FSDP would gather it again, for nothing
+            group.set_unshard_in_backward(False)
+    backward_order = [group for block, group in zip(blocks, groups, strict=True) if block.in_backward][::-1]
+    for group, following in pairwise(backward_order):
+        group.set_modules_to_backward_prefetch([following])
+
+
+def fill(objective: nn.Module, sources: Mapping[str, StoredTensor], device: torch.device) -> None:
+    """Give a sharded objective memory on `device` and its values; each rank reads only its own rows.
+
+    Args:
+        sources: values of every parameter, by its name in the objective.
+    """
+    parameters = dict(objective.named_parameters())
+    assert parameters.keys() <= sources.keys(), sorted(parameters.keys() - sources.keys())
+    assert not list(objective.buffers()), "buffers would be left without values"
+    objective.to_empty(device=device)
+    for name, parameter in objective.named_parameters():
+        source, rows = sources[name], own_rows(parameter)
+        assert source.shape == tuple(parameter.shape), (name, source.shape, parameter.shape)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():
+            with torch.no_grad():
+                local.copy_(cast_tensor(source.read(rows), local.dtype, "cpu"))
+
+
+def own_rows(parameter: Tensor) -> slice:
+    """Return which rows of a whole parameter this rank holds: FSDP2 deals the first axis as torch.chunk does."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shard_axis = parameter.device_mesh.ndim - 1
+    num_shards = parameter.device_mesh.size(shard_axis)
+    rows_each = -(-parameter.shape[0] // num_shards)
+    start = min(parameter.device_mesh.get_local_rank(shard_axis) * rows_each, parameter.shape[0])
+    stop = min(start + rows_each, parameter.shape[0])
+    assert len(parameter.to_local()) == stop - start
+    return slice(start, stop)
 
 
 def backward(loss: Tensor, objective: nn.Module, ranks: Ranks, is_last: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from train.config import TrainConfig, format_config, load_configs, make_config
+from train.config import TrainConfig, format_config, is_same_result, load_configs, make_config
 
 MINIMAL: dict[str, Any] = {"name": "a", "train": "full", "data": "a.json"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"batch_size": True}, "batch_size = True is a bool, expected a whole number"),
         ({"branched": 1}, "branched = 1 is a int, expected true or false"),
         ({"data": ""}, "data must be given"),
-        ({"train": "everything"}, "train = 'everything', expected one of vision, language, projector, full"),
+        ({"train": "everything"}, "train = 'everything', expected one of vision, language, projector, lora, full"),
         ({"epochs": -1.0}, "epochs = -1.0, expected a finite number of at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate = nan, expected a finite number"),
         ({"batch_size": 0}, "batch_size = 0, expected more"),
@@ -31,7 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"max_tokens": 9000}, "a document must fit a micro-batch"),
         ({"eval_every": 5}, "measure on held_out, which is not given"),
         ({"stop_at": 0.5, "held_out": "b.json"}, "stop_at needs eval_every"),
-        ({"train": "projector", "vision_learning_rate": 1.0}, "go with train = 'full', not 'projector'"),
+        ({"train": "projector", "vision_learning_rate": 1.0}, "goes with train = 'full', not 'projector'"),
+        ({"train": "projector", "projector_learning_rate": 1.0}, "goes with train = 'full' or 'lora', not 'projector'"),
+        ({"train": "full", "bits": 4}, "bits = 4 are frozen weights, train = 'full' trains them"),
+        ({"train": "lora", "bits": 5}, "bits = 5, expected one of 16, 8, 4"),
+        ({"train": "lora", "lora_rank": 0}, "lora_rank = 0, expected more"),
+        ({"train": "lora", "lora_dropout": 1.0}, "lora_dropout = 1.0 is a share"),
+        ({"parallel": "zero3"}, "parallel = 'zero3', expected one of fsdp, hsdp, ddp"),
+        ({"base": "vicuna"}, "base and vision_tower belong to a model, which is not given"),
     ],
 )
 def test_each_mistake_has_its_message(change: dict[str, Any], message: str) -> None:
@@ -44,6 +51,18 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     config = make_config(MINIMAL | {"data": 'quo"te\\.json', "epochs": 2, "branched": True}, "here")
     (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")
     assert load_configs([tmp_path / "config.toml"]) == [config]
+
+
+def test_a_run_is_known_again_by_what_it_learns(tmp_path: Path) -> None:
+    """Not by where it runs or how often it saves; a file that another version wrote is another run."""
+    config = make_config(MINIMAL, "here")
+    file = tmp_path / "config.toml"
+    file.write_text(format_config(config), encoding="utf-8")
+    elsewhere = make_config(MINIMAL | {"parallel": "ddp", "checkpoint_layers": 3, "save_every": 7}, "here")
+    assert is_same_result(file, elsewhere)
+    assert not is_same_result(file, make_config(MINIMAL | {"learning_rate": 1.0}, "here"))
+    file.write_text(format_config(config) + "shard_size = 1\n", encoding="utf-8")
+    assert not is_same_result(file, config)
 
 
 def test_overrides_apply_to_every_stage_and_are_typed(tmp_path: Path) -> None:

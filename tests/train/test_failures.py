@@ -5,12 +5,19 @@ import json
 import resource
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.adapter_files import LoraSettings
+from model.config import CONFIGS
+from model.llava import Llava
+from model.lora import add_lora
+from model.weights import write_lora
+from tests.conftest import TINY_TOKENIZER
 from tests.launch import environment, run_training, training_command
 
 
@@ -71,13 +78,28 @@ def empty_answers(folder: Path) -> None:
     write_rows(folder, rows)
 
 
+def write_adapter_of_another_base(folder: Path) -> None:
+    """An adapter trained beside a LLaMA that is wider than the tiny one."""
+    text = replace(CONFIGS["tiny"].text, hidden_size=160, intermediate_size=400)
+    settings = LoraSettings(rank=4, alpha=8)
+    with torch.device("meta"):
+        wider = Llava(replace(CONFIGS["tiny"], text=text))
+        add_lora(wider, settings)
+    trained = (name for name in wider.state_dict() if ".lora_" in name or name.startswith("projector."))
+    tensors = {name: torch.ones(wider.state_dict()[name].shape) for name in trained}
+    (folder / "adapter").mkdir()
+    write_lora(folder / "adapter", wider.config, tensors, settings, "wider", TINY_TOKENIZER)
+
+
+LORA = ("train=lora", "lora_rank=4", "lora_alpha=8")
 MISTAKES: list[tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = [
     (None, ("learning_rat=1",), "unknown key 'learning_rat', did you mean 'learning_rate'?"),
     (swap_turns, (), "rows.json, row 3: turns out of order: turn 2 is from 'gpt', expected 'human'"),
     (break_one_image, ("batch_size=12",), "rows.json, row 3:"),
     (keep_one_row, (), "rows.json has 1 samples for 2 ranks: use at most 1 ranks"),
     (None, ("model=nowhere",), "'nowhere' does not exist: give a model's folder"),
-    (None, ("shard_size=3",), "shard_size = 3 does not divide the 2 ranks"),
+    (None, (*LORA, "card_gib=0.01"), "GiB on each rank"),
+    (write_adapter_of_another_base, (*LORA, "model=adapter", "base={model}"), "does not fit its"),
     (empty_answers, ("batch_size=12",), "have no supervised token"),
     (None, ("learning_rate=1e30", "max_steps=3", "warmup_ratio=0.0", "max_grad_norm=0"), "stopped before they reach"),
 ]
@@ -85,10 +107,15 @@ MISTAKES: list[tuple[Callable[[Path], None] | None, tuple[str, ...], str]] = [
 
 @pytest.mark.parametrize(("spoil", "arguments", "message"), MISTAKES, ids=[message for *_, message in MISTAKES])
 def test_each_mistake_has_one_message(
-    workplace: Path, spoil: Callable[[Path], None] | None, arguments: tuple[str, ...], message: str
+    workplace: Path,
+    tiny_model_folder: Path,
+    spoil: Callable[[Path], None] | None,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     if spoil:
         spoil(workplace)
+    arguments = tuple(argument.replace("{model}", str(tiny_model_folder)) for argument in arguments)
     ended = run_training(workplace, 2, "stage.toml", *arguments, timeout_s=90)
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
@@ -121,6 +148,21 @@ def test_weights_that_are_not_finite_do_not_train(workplace: Path, tiny_model_fo
     ended = run_training(workplace, 2, "stage.toml", "model=poisoned", timeout_s=90)
     assert ended.returncode != 0
     assert ended.stderr.count("error: the loss is nan") == 1
+
+
+def test_an_adapter_goes_on_only_as_what_it_is(workplace: Path, tiny_model_folder: Path) -> None:
+    """A finished adapter can be trained further, with its own rank and scale; with others there is one message."""
+    first = run_training(workplace, 1, "stage.toml", *LORA, f"model={tiny_model_folder}", "name=first", "max_steps=4")
+    assert first.returncode == 0, first.stderr
+    further = ("model=runs/first/final", f"base={tiny_model_folder}", "name=second")
+    second = run_training(workplace, 2, "stage.toml", *LORA, *further, "warmup_ratio=0.0")
+    assert second.returncode == 0, second.stderr
+    losses = [json.loads((workplace / f"runs/{name}/metrics.jsonl").read_text().split("\n")[0])["loss"]
+              for name in ("first", "second")]  # fmt: skip
+    assert losses[1] < 0.9 * losses[0]  # it starts from what the first learned
+    refused = run_training(workplace, 1, "stage.toml", *LORA, *further, "lora_rank=5", "name=third")
+    assert refused.returncode != 0
+    assert "is an adapter of (rank, scale) [(4, 2.0)]" in refused.stderr
 
 
 @pytest.mark.parametrize("limit_bytes", [100_000, 3_000_000], ids=["checkpoint", "final"])

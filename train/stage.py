@@ -1,0 +1,358 @@
+"""One stage of a run: its start, its model spread over the ranks, its training, and what it leaves.
+
+The model is built without memory, sharded, and only then filled: every rank reads its own rows of the files.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from data.conversation import IGNORE_INDEX
+from data.dataset import ConversationDataset, RenderOptions
+from data.packing import StepDataset
+from data.tokenizer import Tokenizer, find_tokenizer
+from model.adapter_files import ADAPTER_CONFIG, Adapter, LoraSettings, merge_adapter
+from model.config import CONFIGS, LlavaConfig
+from model.files import StoredTensor, cast_stored, read_json, replace_folder
+from model.llava import Llava, initialize_weights
+from model.lora import add_lora, initial_factors
+from model.quantize import LINEARS, QuantizedLinear, quantize_linears, quantize_weight
+from model.weights import open_checkpoint, write_llava, write_lora
+from train.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint
+from train.config import TrainConfig, settings_of_the_result
+from train.loop import StopRequest, train
+from train.loss import CaptionMatching, NextToken
+from train.memory import check_plan
+from train.metrics import draw_curves
+from train.optim import make_optimizer
+from train.parallel import Ranks, fill, gather, shard
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from."""
+
+    config: LlavaConfig
+    tensors: Mapping[str, StoredTensor]  # the whole model's, by its own names
+    factors: Mapping[str, StoredTensor]  # of the adapter that goes on being trained, by name of the parameter; or none
+    tokenizer: Tokenizer
+    base: str  # where the language model is, as the user or the stage before named it
+
+
+def run_stage(
+    config: TrainConfig,
+    folder: Path,
+    previous: Path | None,
+    ranks: Ranks,
+    stop_request: StopRequest,
+    is_profiled: bool,
+) -> bool:
+    """Train one stage and write `final/`; tell whether it is finished."""
+    if ranks.is_first:
+        start = open_start(config, previous)  # downloads what is missing, which only one should
+    ranks.wait()
+    if not ranks.is_first:
+        start = open_start(config, previous)
+    check_plan(config, start.config, ranks)
+    steps, held_out = open_data(config, start, ranks)
+    llava, objective = build_objective(config, start.config, steps.dataset)
+    sources = list_sources(llava, objective, start, config.seed)
+    shard(objective, objective.blocks(), config.parallel, getattr(torch, config.dtype), ranks)
+    fill(objective, sources, ranks.device)
+    optimizer = make_optimizer(
+        objective,
+        {
+            "projector": config.projector_learning_rate or config.learning_rate,
+            "vision_tower": config.vision_learning_rate or config.learning_rate,
+            "": config.learning_rate,
+        },
+        config.weight_decay,
+        config.beta2,
+    )
+    about = settings_of_the_result(config)
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    first_step = load_checkpoint(checkpoints[-1], objective, optimizer, about) if checkpoints else 0
+    num_steps = math.ceil(config.epochs * len(steps.dataset) / config.batch_size)
+    num_steps = min(num_steps, config.max_steps or num_steps)
+    if ranks.is_first and first_step:
+        print(f"{config.name}: going on from step {first_step}")
+    write_trained = functools.partial(write_model, config=config, start=start)
+    is_finished = train(
+        objective,
+        optimizer,
+        DataLoader(steps, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.num_workers),
+        held_out,
+        folder,
+        ranks,
+        stop_request,
+        CheckpointWriter(folder / "checkpoints", config.keep_checkpoints, ranks, write_trained, about),
+        functools.partial(collect_trained, llava, ranks),
+        title=config.name,
+        seed=config.seed,
+        first_step=first_step,
+        num_steps=num_steps,
+        warmup_ratio=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        eval_every=config.eval_every,
+        eval_rows=config.eval_rows,
+        stop_at=config.stop_at,
+        save_every=config.save_every,
+        flops_per_token=count_flops_per_token(llava),
+        peak_flops=config.peak_tflops * 1e12 * ranks.size,
+        tensorboard=config.tensorboard,
+        is_profiled=is_profiled,
+    )
+    if is_finished:
+        trained = collect_trained(llava, ranks)
+        if ranks.is_first:
+            with replace_folder(folder / "final") as temporary:
+                write_model(temporary, trained, config, start, is_final=True)
+    if ranks.is_first:
+        draw_curves(folder, config.name)
+        print(f"{config.name}: {'finished' if is_finished else 'stopped, the same command goes on from here'}")
+    ranks.wait()
+    return is_finished
+
+
+def open_start(config: TrainConfig, previous: Path | None) -> Start:
+    """Find what a stage starts from: random weights, a model, or what the stage before left.
+
+    Raises: FileNotFoundError or ValueError for a start that is missing, or parts that do not go together.
+    """
+    if config.model in CONFIGS:
+        tokenizer = Tokenizer(Path(config.tokenizer) if config.tokenizer else ROOT / "data/tiny/tokenizer.model")
+        llava = Llava(CONFIGS[config.model])
+        initialize_weights(llava, llava.config.text.hidden_size**-0.5, config.seed)
+        tensors = {name: StoredTensor.wrap(tensor, name) for name, tensor in llava.state_dict().items()}
+        start = Start(llava.config, tensors, {}, tokenizer, config.model)
+    else:
+        model, base = config.model or previous, config.base
+        if model is None:
+            raise ValueError(f"{config.name}: the first stage needs model = a folder or one of {', '.join(CONFIGS)}")
+        if not config.model and (Path(model) / ADAPTER_CONFIG).is_file():
+            base = read_json(Path(model) / ADAPTER_CONFIG)["base_model_name_or_path"]  # the stage before wrote it
+        checkpoint = open_checkpoint(
+            model,
+            base or None,
+            config.vision_tower or None,
+            projector_seed=config.seed if config.train == "projector" else None,
+        )
+        tensors, factors = checkpoint.tensors, {}
+        if checkpoint.adapter is not None and config.train == "lora":
+            factors = continue_factors(checkpoint.adapter, checkpoint.config, lora_settings(config))
+        elif checkpoint.adapter is not None:
+            tensors = merge_adapter(tensors, checkpoint.adapter)
+        tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
+        start = Start(checkpoint.config, tensors, factors, tokenizer, str(base or model))
+    if tokenizer.vocab_size > start.config.text.vocab_size:
+        raise ValueError(
+            f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the model {start.config.text.vocab_size}: "
+            "they do not belong together"
+        )
+    return start
+
+
+def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepDataset, StepDataset | None]:
+    """Open the training and the held-out file."""
+    vision, limit = start.config.vision, start.config.text.max_position_embeddings
+    if config.max_tokens > limit:
+        raise ValueError(f"max_tokens = {config.max_tokens} exceeds the model's {limit} positions")
+    if config.max_tokens <= vision.num_patches and config.train != "language":
+        raise ValueError(
+            f"max_tokens = {config.max_tokens} leaves no text beside a picture's {vision.num_patches} tokens"
+        )
+    if config.held_out and 0 < config.eval_rows < ranks.size:
+        raise ValueError(f"eval_rows = {config.eval_rows} rows cannot be shared by {ranks.size} ranks: raise it")
+    options = RenderOptions(
+        tokens_per_image=vision.num_patches,
+        image_size=vision.image_size,
+        template=config.template,
+        aspect=config.aspect,
+        branched=config.branched,
+        max_tokens=config.max_tokens,
+        augment_pixels=config.augment_pixels,
+    )
+    opened = []
+    for file in (config.data, config.held_out):
+        if file:
+            folder = Path(config.image_folder) if config.image_folder else Path(file).parent
+            dataset = ConversationDataset(Path(file), folder, start.tokenizer, options)
+            if config.train == "language" and any(dataset.images):
+                raise ValueError(f"{file} has pictures, train = 'language' takes text only")
+            opened.append(
+                StepDataset(dataset, config.batch_size, config.micro_batch_tokens, config.seed, ranks.rank, ranks.size)
+            )
+    return opened[0], opened[1] if config.held_out else None
+
+
+def build_objective(
+    config: TrainConfig, sizes: LlavaConfig, dataset: ConversationDataset | None = None
+) -> tuple[Llava, CaptionMatching | NextToken]:
+    """Return the model and what the stage minimises, on the meta device: shapes, types, what is trained, no numbers.
+
+    Trained weights are float32, frozen ones in the type of computing, or quantised.
+
+    Args:
+        dataset: only for train = "vision", whose captions belong to the objective.
+    """
+    with torch.device("meta"):
+        llava = Llava(sizes).to(getattr(torch, config.dtype))
+        if config.bits != 16:
+            quantize_linears(llava, config.bits)
+        if config.train == "lora":
+            add_lora(llava, lora_settings(config))
+    llava.language_model.checkpoint_layers = config.checkpoint_layers
+    freeze(llava, config)
+    for parameter in llava.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.train != "vision":
+        return llava, NextToken(llava, reads_images=config.train != "language")
+    assert dataset is not None
+    objective = CaptionMatching(llava.vision_tower, list_captions(dataset), dataset.tokenizer.vocab_size)
+    for part in (objective.visual_projection, objective.word_embedding):
+        initialize_weights(part, sizes.vision.hidden_size**-0.5, config.seed)
+    return llava, objective
+
+
+def lora_settings(config: TrainConfig) -> LoraSettings:
+    targets = tuple(config.lora_targets.replace(" ", "").split(",")) if config.lora_targets else LoraSettings.targets
+    return LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_rslora, targets)
+
+
+def continue_factors(adapter: Adapter, sizes: LlavaConfig, settings: LoraSettings) -> dict[str, StoredTensor]:
+    """Return an adapter's factors by the names of the parameters they become, to go on training them.
+
+    Raises: ValueError when it is not the kind of adapter that the stage trains.
+    """
+    found = {(f.lora_A.shape[0], f.scaling) for f in adapter.factors.values()}
+    layers = {f"language_model.layers.{i}.{linear}" for i in range(sizes.text.num_hidden_layers) for linear in LINEARS}
+    wanted = {layer for layer in layers if layer.rpartition(".")[2] in settings.targets}
+    if found != {(settings.rank, settings.scaling)} or adapter.factors.keys() != wanted:
+        raise ValueError(
+            f"{adapter.folder} is an adapter of (rank, scale) {sorted(found)} beside {len(adapter.factors)} linears, "
+            f"this stage trains {(settings.rank, settings.scaling)} beside {len(wanted)}: use its lora_rank, "
+            "lora_alpha, lora_rslora and lora_targets, or merge it into its base first (python -m model.convert)"
+        )
+    return {
+        f"{layer}.{side}.default": getattr(factors, side)
+        for layer, factors in adapter.factors.items()
+        for side in ("lora_A", "lora_B")
+    }
+
+
+def list_captions(dataset: ConversationDataset) -> list[tuple[int, ...]]:
+    """Return the distinct answers of a file as token ids, in an order that depends on nothing else."""
+    labels = (dataset.render(row).labels for row in range(len(dataset)))
+    return sorted({tuple(label for label in row if label != IGNORE_INDEX) for row in labels})
+
+
+def freeze(llava: Llava, config: TrainConfig) -> None:
+    """Leave trainable what the stage trains, and of that only what its loss reaches."""
+    for name, parameter in llava.named_parameters():
+        parameter.requires_grad_(is_trained(name, llava, config))
+
+
+def is_trained(name: str, llava: Llava, config: TrainConfig) -> bool:
+    """Tell whether a stage trains a parameter."""
+    room, _, rest = name.partition(".")
+    if room == "vision_tower":
+        number = int(rest.split(".")[1]) if rest.startswith("layers.") else 0
+        is_reached = number < llava.vision_tower.num_used_layers and not rest.startswith("post_layernorm")
+        return is_reached and (config.train == "vision" or config.vision_learning_rate > 0)
+    if room == "projector":
+        return config.train in ("projector", "lora", "full")
+    is_vocabulary = rest.startswith(("embed_tokens", "lm_head"))
+    is_factor = ".lora_" in rest
+    return config.train in ("language", "full") or (
+        config.train == "lora" and (is_factor or (is_vocabulary and config.lora_vocabulary))
+    )
+
+
+def list_sources(llava: Llava, objective: nn.Module, start: Start, seed: int) -> dict[str, StoredTensor]:
+    """Return where each parameter of an objective that is not sharded yet takes its first value from, by its name."""
+    factors = {**initial_factors(llava, seed), **start.factors}
+    sources: dict[str, StoredTensor] = {}
+    for module_name, module in objective.named_modules():
+        ours = module_name.removeprefix("llava.").replace(".base_layer", "")
+        parts: Mapping[str, StoredTensor] = {}
+        if isinstance(module, QuantizedLinear):
+            parts = quantize_stored(start.tensors[f"{ours}.weight"], module.bits)
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{module_name}.{name}" if module_name else name
+            model_name = full.removeprefix("llava.")
+            if not parameter.is_meta:  # CLIP's text side, which starts at random
+                sources[full] = StoredTensor.wrap(parameter.detach(), full)
+            elif model_name in factors:
+                sources[full] = factors[model_name]
+            else:
+                sources[full] = parts[name] if parts else start.tensors[f"{ours}.{name}"]
+    return sources
+
+
+def quantize_stored(weight: StoredTensor, bits: int) -> dict[str, StoredTensor]:
+    """Return a QuantizedLinear's parameters, made of a stored weight's rows when they are read."""
+
+    @functools.lru_cache(maxsize=1)  # the parameters of one linear are read one after another, from the same rows
+    def quantize(start: int | None, stop: int | None) -> dict[str, Tensor]:
+        try:
+            return quantize_weight(weight.read(slice(start, stop)), bits)
+        except ValueError as error:
+            raise ValueError(f"{weight.source}: {error}") from error
+
+    def part(name: str, like: Tensor) -> StoredTensor:
+        shape = (weight.shape[0], *like.shape[1:])
+        return StoredTensor(shape, like.dtype, weight.source, lambda rows: quantize(rows.start, rows.stop)[name])
+
+    return {name: part(name, like) for name, like in quantize_weight(torch.zeros(1, weight.shape[1]), bits).items()}
+
+
+def collect_trained(llava: Llava, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the trained parameters, whole, on the first rank's CPU; none on the others. Every rank must ask."""
+    gathered = ((name, gather(p)) for name, p in llava.named_parameters() if p.requires_grad)
+    return {name: tensor for name, tensor in gathered if ranks.is_first}
+
+
+def write_model(
+    folder: Path, trained: Mapping[str, Tensor], config: TrainConfig, start: Start, is_final: bool = False
+) -> None:
+    """Write into a folder what `load_llava` reads: the model in the type of computing, or in fp32 what was trained.
+
+    The latter is an adapter with its projector, or a projector's checkpoint (its `final/` is the model): they are
+    loaded with `--model-base`, what they belong to.
+    """
+    # It is talked to in the words it was tuned on; stage 1's template has none for that.
+    chat_template = start.config.chat_template if config.template == "plain" else config.template
+    sizes = replace(start.config, chat_template=chat_template)
+    if config.train == "lora":
+        write_lora(folder, sizes, trained, lora_settings(config), start.base, start.tokenizer.file)
+        return
+    tensors = {name: StoredTensor.wrap(tensor, name) for name, tensor in trained.items()}
+    if config.train != "projector" or is_final:
+        dtype = getattr(torch, config.dtype)
+        tensors = {name: cast_stored({**start.tensors, **tensors}[name], dtype) for name in start.tensors}
+    write_llava(folder, sizes, tensors, start.tokenizer.file)
+
+
+def count_flops_per_token(llava: Llava) -> float:
+    """Return the floating-point operations of one token in the language model's layers, forward and backward.
+
+    2 per weight forward, 2 for the gradient that passes through, 2 more where the weight itself is trained;
+    attention, `lm_head` and the vision tower, a few percent at LLaVA's lengths, are left out.
+    """
+    flops = 0.0
+    for module in llava.language_model.layers.modules():
+        if isinstance(module, QuantizedLinear):
+            flops += 4.0 * module.in_features * module.out_features
+        else:
+            matrices = (p for p in module.parameters(recurse=False) if p.ndim > 1)
+            flops += sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in matrices)
+    return flops
