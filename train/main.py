@@ -23,7 +23,7 @@ from data.prepare import easy_vqa  # noqa: E402
 from train.checkpoint import list_checkpoints  # noqa: E402
 from train.config import TrainConfig, format_config, is_same_result, load_configs  # noqa: E402
 from train.loop import StopRequest  # noqa: E402
-from train.parallel import Ranks, leave_ranks, start_ranks  # noqa: E402
+from train.parallel import Ranks, is_loss_of_a_rank, leave_ranks, start_ranks  # noqa: E402
 from train.stage import run_stage  # noqa: E402
 
 RUNS = Path("runs")
@@ -41,9 +41,9 @@ def main() -> None:
     overrides = [argument for argument in arguments if Path(argument) not in files]
     try:
         configs = load_configs(files or TINY_STAGES, overrides)
+        ranks = start_ranks()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    ranks = start_ranks()
     stop_request = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: setattr(stop_request, "is_set", True))
     try:
@@ -65,6 +65,8 @@ def fail(error: Exception, ranks: Ranks) -> NoReturn:
     if ranks.is_first_to_fail():
         if isinstance(error, (ValueError, OSError)):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        elif is_loss_of_a_rank(error):
+            print("\nerror: another rank died without a word: was it killed, or out of memory?", file=sys.stderr)
         else:
             traceback.print_exc()
     leave_ranks(1)

@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model.files import StoredTensor, cast_tensor
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun then makes a new store at each restart
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before it gives up
 
 
@@ -64,7 +65,8 @@ class Ranks:
 def start_ranks() -> Ranks:
     """Join the other processes that `torchrun` started, or be the only one.
 
-    Raises: ValueError when there are more ranks on this machine than GPUs.
+    Raises: ValueError, on every rank, when there are more ranks on this machine than GPUs, or torchrun was told to
+        restart ranks on several machines in a way that cannot work.
     """
     defaults = {
         "RANK": "0",
@@ -76,21 +78,29 @@ def start_ranks() -> Ranks:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
+    num_local = int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if num_local > torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+                f"{num_local} ranks for the {torch.cuda.device_count()} GPUs of this machine: "
                 f"use --nproc_per_node={torch.cuda.device_count()}"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    is_one_machine = num_local == int(os.environ["WORLD_SIZE"])
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if may_restart and not is_one_machine and not os.environ.get(FRESH_STORE):
+        raise ValueError(f"--max-restarts on several machines wants {FRESH_STORE}=1 before torchrun on each of them")
     store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    if is_one_machine:
+        # torchrun's store outlives the ranks: after a restart it still says where the killed ones were. (Machines count
+        # their restarts each for itself, so that several would not agree on this name.)
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), device, store)
+    return Ranks(rank, size, num_local, device, store)
 
 
 def start_fake_ranks(size: int, num_local: int, device: torch.device) -> Ranks:
@@ -101,6 +111,12 @@ def start_fake_ranks(size: int, num_local: int, device: torch.device) -> Ranks:
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=size)
     return Ranks(0, size, num_local, device, store)
+
+
+def is_loss_of_a_rank(error: Exception) -> bool:
+    """Tell whether this rank failed only because another one is gone."""
+    # gloo's errors have no type of their own.
+    return isinstance(error, dist.DistError) or any(said in str(error) for said in ("by peer", "Connection refused"))
 
 
 def leave_ranks(exit_code: int) -> NoReturn:
@@ -216,6 +232,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
 
 
 def gather(parameter: Tensor) -> Tensor:
-    """Return the whole of a sharded parameter on the CPU. Every rank must ask."""
+    """Return a copy of the whole of a sharded parameter on the CPU. Every rank must ask."""
     parameter = parameter.detach()
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.to("cpu", copy=True)

@@ -2,8 +2,11 @@
 
 import fcntl
 import json
+import os
 import resource
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +151,24 @@ def test_weights_that_are_not_finite_do_not_train(workplace: Path, tiny_model_fo
     ended = run_training(workplace, 2, "stage.toml", "model=poisoned", timeout_s=90)
     assert ended.returncode != 0
     assert ended.stderr.count("error: the loss is nan") == 1
+
+
+def test_a_killed_rank_ends_the_others(workplace: Path) -> None:
+    """It cannot say why it ended; one of the others says that it did."""
+    run = subprocess.Popen(
+        training_command(3, "stage.toml", "max_steps=100000", "epochs=1e9"),
+        cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = workplace / "runs/short/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert errors.count("error: another rank died without a word") == 1, errors
+    assert 'main.py", line' not in errors, errors
 
 
 def test_an_adapter_goes_on_only_as_what_it_is(workplace: Path, tiny_model_folder: Path) -> None:
