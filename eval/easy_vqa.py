@@ -1,5 +1,7 @@
 """easy-VQA's test set: 9,673 questions about 1,000 pictures, exact match by question type.
 
+The same in Chinese, and questions of a kind that the training files of the first model lack, are tasks of their own.
+
 Two bars tell what a score means: always the commonest answer, and for each question its commonest answer in the
 training file, which is the best one can do without looking at the picture.
 """
@@ -11,19 +13,26 @@ from pathlib import Path
 from data.dataset import load_rows
 
 MAX_NEW_TOKENS = 12
-TYPES = ("shape", "color", "yes/no")
+TYPES = ("shape", "color", "yes/no", "choice")
+# The questions of each task, and the training files it is learned from.
+TASKS = {
+    "easy_vqa": ("test.jsonl", "vqa_{}.json"),
+    "easy_vqa_choice": ("choice_test.jsonl", "choice_{}.json"),
+    "easy_vqa_zh": ("zh_test.jsonl", "zh_{}.json"),
+}
 
 
-def load_questions(folder: Path) -> list[dict]:
+def load_questions(folder: Path, task: str) -> list[dict]:
     """Return the test questions, those about one picture next to each other.
 
     Raises: FileNotFoundError or ValueError when `folder` is not what `python -m data.prepare easy_vqa` writes.
     """
-    questions = load_rows(folder / "test.jsonl")
+    file = folder / TASKS[task][0]
+    questions = load_rows(file)
     wanted = {"question_id", "image", "question", "answer", "type"}
     for number, row in enumerate(questions):
         if not isinstance(row, dict) or wanted - row.keys():
-            raise ValueError(f"{folder / 'test.jsonl'}, row {number}: expected the keys {', '.join(sorted(wanted))}")
+            raise ValueError(f"{file}, row {number}: expected the keys {', '.join(sorted(wanted))}")
     return questions
 
 
@@ -34,21 +43,22 @@ def score(questions: Sequence[dict], predictions: Sequence[str]) -> dict:
         right[question["type"]].append(prediction.lower() == question["answer"].lower())
     everything = [value for values in right.values() for value in values]
     return {
-        "task": "easy_vqa",
         "n": len(everything),
         "score": sum(everything) / len(everything),
         "by_type": {kind: {"n": len(right[kind]), "score": sum(right[kind]) / len(right[kind])} for kind in right},
     }
 
 
-def baselines(questions: Sequence[dict], folder: Path) -> dict[str, list[str]]:
-    """Return the predictions of the two bars, learned from the training file."""
+def baselines(questions: Sequence[dict], folder: Path, task: str) -> dict[str, list[str]]:
+    """Return the predictions of the two bars, learned from the training file; what it asks besides does not count."""
+    asked = {row["question"] for row in questions}
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for split in ("train", "held_out"):
-        for row in load_rows(folder / f"vqa_{split}.json"):
-            turns = row["conversations"]
-            for question, answer in zip(turns[::2], turns[1::2], strict=True):
-                by_question[question["value"].removeprefix("<image>\n")][answer["value"]] += 1
+        for row in load_rows(folder / TASKS[task][1].format(split)):
+            texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+            for question, answer in zip(texts[::2], texts[1::2], strict=True):
+                if question in asked:
+                    by_question[question][answer] += 1
     overall = sum(by_question.values(), Counter())
     commonest = overall.most_common(1)[0][0]
     blind = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}

@@ -1,7 +1,10 @@
 """Score model folders: `python eval/main.py --task easy_vqa --model-path runs/tiny/final`.
 
 Predictions and scores go to `<run>/eval/<task>/`, beside the model folder. Several model folders are scored one
-after another and shown side by side.
+after another and shown side by side; adapters among them need `--model-base`, what they were trained on:
+
+    python eval/main.py --task easy_vqa_choice --model-path runs/tiny/final runs/tiny-lora/final \\
+        --model-base runs/tiny/final
 """
 
 import argparse
@@ -19,33 +22,39 @@ from tqdm import tqdm  # noqa: E402
 from data.tokenizer import Tokenizer, find_tokenizer  # noqa: E402
 from eval import easy_vqa  # noqa: E402
 from eval.predict import answer_questions  # noqa: E402
+from model.adapter_files import ADAPTER_CONFIG  # noqa: E402
 from model.files import replace_folder  # noqa: E402
 from model.weights import build_llava, open_checkpoint  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["easy_vqa"], required=True)
+    parser.add_argument("--task", choices=easy_vqa.TASKS, required=True)
     parser.add_argument("--model-path", type=Path, nargs="+", required=True, help="model folders, e.g. runs/tiny/final")
+    parser.add_argument("--model-base", type=Path, help="model folder that adapters among the model folders belong to")
     parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="folder of the prepared data set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     try:
-        questions = easy_vqa.load_questions(arguments.data)
+        adapters = [folder for folder in arguments.model_path if (folder / ADAPTER_CONFIG).is_file()]
+        if arguments.model_base and not adapters:
+            raise ValueError(f"--model-base {arguments.model_base}: no model folder is an adapter, leave it out")
+        questions = easy_vqa.load_questions(arguments.data, arguments.task)
         columns = {
             name: easy_vqa.score(questions, predictions)
-            for name, predictions in easy_vqa.baselines(questions, arguments.data).items()
+            for name, predictions in easy_vqa.baselines(questions, arguments.data, arguments.task).items()
         }
         for folder in arguments.model_path:
-            columns[str(folder)] = evaluate(folder, questions, arguments.data, arguments.device)
+            base = arguments.model_base if folder in adapters else None
+            columns[str(folder)] = evaluate(folder, base, arguments.task, questions, arguments.data, arguments.device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print_table(columns)
 
 
-def evaluate(folder: Path, questions: list[dict], data: Path, device: str) -> dict:
+def evaluate(folder: Path, base: Path | None, task: str, questions: list[dict], data: Path, device: str) -> dict:
     """Answer every question with one model; write predictions and scores; return the scores."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, base)
     model = build_llava(checkpoint, device=device)
     tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
     by_image: dict[str, list[dict]] = {}
@@ -57,9 +66,9 @@ def evaluate(folder: Path, questions: list[dict], data: Path, device: str) -> di
     bar = tqdm(answers, total=len(groups), desc=str(folder), unit="picture")
     predictions = [answer for answers_to_image in bar for answer in answers_to_image]
     ordered = [row for rows in by_image.values() for row in rows]
-    scores = easy_vqa.score(ordered, predictions)
+    scores = {"task": task} | easy_vqa.score(ordered, predictions)
     scores |= {"model": str(folder), "seconds": round(time.perf_counter() - started, 2)}
-    with replace_folder(folder.resolve().parent / "eval" / "easy_vqa") as out:
+    with replace_folder(folder.resolve().parent / "eval" / task) as out:
         with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for row, prediction in zip(ordered, predictions, strict=True):
                 file.write(json.dumps(row | {"prediction": prediction}, ensure_ascii=False) + "\n")
@@ -70,16 +79,14 @@ def evaluate(folder: Path, questions: list[dict], data: Path, device: str) -> di
 def print_table(columns: dict[str, dict]) -> None:
     """Print a row per model or bar, a column per question type."""
     width = max(len(name) for name in columns)
-    print(f"\n{'exact match, %':{width}s}" + "".join(f"{kind:>9s}" for kind in ("all", *easy_vqa.TYPES)))
+    first = next(iter(columns.values()))
+    types = [kind for kind in easy_vqa.TYPES if kind in first["by_type"]]
+    print(f"\n{'exact match, %':{width}s}" + "".join(f"{kind:>9s}" for kind in ("all", *types)))
     for name, scores in columns.items():
-        values = [scores["score"], *(scores["by_type"][kind]["score"] for kind in easy_vqa.TYPES)]
+        values = [scores["score"], *(scores["by_type"][kind]["score"] for kind in types)]
         print(f"{name:{width}s}" + "".join(f"{100 * value:9.1f}" for value in values))
-    print(f"{'questions':{width}s}" + "".join(f"{n:9d}" for n in count_questions(next(iter(columns.values())))))
-
-
-def count_questions(scores: dict) -> list[int]:
-    """Return the number of questions, all and by type."""
-    return [scores["n"], *(scores["by_type"][kind]["n"] for kind in easy_vqa.TYPES)]
+    counts = [first["n"], *(first["by_type"][kind]["n"] for kind in types)]
+    print(f"{'questions':{width}s}" + "".join(f"{n:9d}" for n in counts))
 
 
 if __name__ == "__main__":
