@@ -3,6 +3,8 @@
     tiny      a training step of the main job's model, against transformers         eval/speed_tiny.py
     load      reading a checkpoint, against transformers and plain reading          eval/speed_load.py
     generate  first token and tokens per second, against transformers' generate     eval/speed_generate.py
+    padding   tokens spent on padding, against official LLaVA's sampler; counted    eval/speed_padding.py
+    memory    what a LoRA step takes of one card of eight, against the plan         eval/speed_memory.py
 
 Contestants take turns on the same weights; what is printed is medians, their spread and ratios to the peer, and how
 much of what the machine can do at most that is. Each result is appended to `eval/results/speed.jsonl` with the machine,
@@ -19,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 RESULTS = ROOT / "eval/results/speed.jsonl"
-SUITES = ("tiny", "load", "generate")
-SIZES = ("tiny", "small", "1b", "7b")
+SUITES = ("tiny", "load", "generate", "padding", "memory")
+SIZES = ("tiny", "small", "1b", "7b", "13b")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", required=True, help=f"one or several of {','.join(SUITES)}, with commas between")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model that load and generate measure")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of load, generate, memory; 13b of memory")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--repeats", type=int, help="rounds; by default 15 for tiny, 5 for load, 3 for generate")
     parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="tiny's, prepared if it is not there")
@@ -40,6 +42,8 @@ def main() -> None:
     suites = arguments.suite.split(",")
     if unknown := sorted(set(suites) - set(SUITES)):
         parser.error(f"--suite {','.join(unknown)}: expected one or several of {','.join(SUITES)}")
+    if arguments.size == "13b" and suites != ["memory"]:
+        parser.error("--size 13b goes with --suite memory alone")
     if (arguments.repeats or 1) < 1 or arguments.new_tokens < 2 or min(arguments.batch_sizes) < 1:
         parser.error("expected at least 1 of --repeats and --batch-sizes, and 2 --new-tokens")
     run_suites(suites, arguments)

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "data", "train", "eval", "demo")
 READMES = ("README.md", "README.zh-CN.md")
 
-# What a room may import of the others, and the commands that have to see one more: `eval/speed_tiny.py` times the
-# trainer's own step, `model/convert.py` writes a tokenizer beside the weights.
+# What a room may import of the others, and the commands that have to see one more: `eval/speed_tiny.py` and
+# `eval/speed_memory.py` measure the trainer's own step, `model/convert.py` writes a tokenizer beside the weights.
 MAY_IMPORT = {
     "model": {"model"},
     "data": {"data"},
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "eval": {"eval", "model", "data"},
     "demo": {"demo", "model", "data"},
 }
-MAY_ALSO_IMPORT = {"eval/speed_tiny.py": {"train"}, "model/convert.py": {"data"}}
+MAY_ALSO_IMPORT = {"eval/speed_tiny.py": {"train"}, "eval/speed_memory.py": {"train"}, "model/convert.py": {"data"}}
 DISTRIBUTED = {"train/parallel.py", "train/checkpoint.py"}
 
 

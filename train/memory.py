@@ -148,7 +148,7 @@ class Weights:
     embedding: Group
     head: Group
     tower_layer: Group
-    root: Group  # projector, norms, the rest of the tower: gathered for the whole step
+    root: Group  # projector, last norm, what is left of the tower: gathered for the whole step
     num_layers: int
     num_tower_layers: int  # that are run
 
@@ -180,19 +180,18 @@ def count_weights(config: TrainConfig, sizes: LlavaConfig) -> Weights:
     if config.train == "lora":
         layer = replace(layer, num_trained=config.lora_rank * sum(sum(linears[name]) for name in targets))
     vocabulary = group(text.vocab_size * text.hidden_size, trains_llama or config.lora_vocabulary)
-    tower_linears = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    tower_layer = group(tower_linears + 9 * vision.hidden_size + vision.intermediate_size, trains_tower)
-    num_used = vision.num_hidden_layers + 1 + vision.select_layer
-    outside = 3 * vision.patch_size**2 + vision.num_patches + 6
-    projector = group(
-        (vision.hidden_size + text.hidden_size + 2) * text.hidden_size, config.train in ("projector", "lora", "full")
-    )
-    rest = group(outside * vision.hidden_size, trains_tower)
-    unused = (vision.num_hidden_layers - num_used) * (tower_linears + 9 * vision.hidden_size) * width
-    root = Group(
-        projector.frozen_bytes + rest.frozen_bytes + unused + text.hidden_size * width,
-        projector.num_trained + rest.num_trained,
-    )
+    tower_numbers = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    tower_numbers += 9 * vision.hidden_size + vision.intermediate_size  # biases and norms
+    num_used = 0 if config.train == "language" else vision.num_hidden_layers + 1 + vision.select_layer
+    projector_numbers = (vision.hidden_size + text.hidden_size + 2) * text.hidden_size
+    outside = [
+        group(projector_numbers, config.train in ("projector", "lora", "full")),
+        group(text.hidden_size, trains_llama),  # the last norm
+        group((3 * vision.patch_size**2 + vision.num_patches + 4) * vision.hidden_size, trains_tower),
+        group((vision.num_hidden_layers - num_used) * tower_numbers + 2 * vision.hidden_size, False),  # not run
+    ]
+    root = Group(sum(part.frozen_bytes for part in outside), sum(part.num_trained for part in outside))
+    tower_layer = group(tower_numbers, trains_tower)
     return Weights(layer, vocabulary, vocabulary, tower_layer, root, text.num_hidden_layers, num_used)
 
 
@@ -241,11 +240,11 @@ def estimate_memory(
         tower = work.num_documents * (sizes.vision.num_patches + 1) * weights.num_tower_layers * per_token
     inputs = num_checkpointed * layer_input + tower
     logits = min(LOGITS_CHUNK_TOKENS, SUPERVISED_SHARE * tokens) * sizes.text.vocab_size * (4 + 2 * width)
-    # Gradients are whole, in fp32, until the last micro-batch; then they are summed over the ranks group by group.
-    waiting = of_head = of_all = 4.0 * weights.num_trained
-    if work.num_micro_batches == 1:
-        waiting, of_head = 0, 4 * weights.head.num_trained * (1 + 1 / num_shards)
-        of_all = 4 * (weights.num_trained / num_shards + weights.layer.num_trained)
+    # A group's gradients are summed over the ranks as soon as they are there, and wait in fp32, each rank its share.
+    shares = 4 * weights.num_trained / num_shards
+    waiting = shares if work.num_micro_batches > 1 else 0
+    of_head = waiting + 4 * weights.head.num_trained * (1 + 1 / num_shards)
+    of_all = shares + 4 * weights.layer.num_trained
     moments = [
         # gathered weights, gradients, layers' inputs, activations, logits
         (2 * layer + head + root, waiting, inputs, num_kept * kept + 3 * norm + layer_input, 0),  # the last norm
@@ -309,7 +308,7 @@ def check_plan(config: TrainConfig, sizes: LlavaConfig, ranks: Ranks) -> None:
         return
     work = plan_workload(config, ranks.size)
     parts = estimate_memory(config, sizes, ranks.size, ranks.num_local, work)
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= GIB / 20)
+    listed = "".join(f"{name} {size / GIB:.1f}, " for name, size in parts.items() if size >= GIB / 20)
     num_layers = sizes.text.num_hidden_layers
     all_checkpointed = replace(config, checkpoint_layers=num_layers)
     changes = list_changes(config, num_layers, ranks.size)
@@ -323,7 +322,7 @@ def check_plan(config: TrainConfig, sizes: LlavaConfig, ranks: Ranks) -> None:
         smallest.setdefault(text.rpartition(" ")[0], text)
     advice = "; or ".join(smallest.values())
     raise ValueError(
-        f"a step needs about {need(config) / GIB:.1f} GiB on each rank ({listed}, and a reserve), and a rank has "
+        f"a step needs about {need(config) / GIB:.1f} GiB on each rank ({listed}and a reserve), and a rank has "
         f"{available / GIB:.1f}: use {advice or 'a smaller model or larger cards'} (train/plan.py tells more)"
     )
 
