@@ -86,7 +86,7 @@ def test_every_path_in_the_readme_exists(readme: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_every_option_in_the_readme_exists(readme: str) -> None:
     for line in commands(readme):
-        for script, arguments in re.findall(r"python3? ((?:eval|demo)/\w+\.py)([^&|]*)", line):
+        for script, arguments in re.findall(r"python3? ((?:eval|demo|train)/\w+\.py)([^&|]*)", line):
             source = (ROOT / script).read_text(encoding="utf-8")
             for option in re.findall(r"--[\w-]+", arguments):
                 assert f'"{option}"' in source, f"{script} has no {option}"

@@ -80,7 +80,7 @@ class TrainConfig:
 
     # Machine
     dtype: str = "bfloat16"  # of computing and of frozen weights; trained weights are always kept in float32
-    # fsdp: the ranks share one copy of the weights; hsdp: those of a machine do; ddp: a copy each (small models, 4 bits)
+    # fsdp: the ranks share one copy of the weights; hsdp: those of a machine do; ddp: a copy each (small, or in 4 bits)
     parallel: str = "fsdp"
     checkpoint_layers: int = 0  # of the LLaMA, from the first: their activations are computed again in backward
     card_gib: float = 0.0  # memory that a rank may use, for the plan; 0 is what its card has

@@ -382,7 +382,8 @@ def print_plan(plan: dict[str, Any], config: TrainConfig, machine: Machine, sour
         print(f"  {tokens} tokens fit with no number of checkpointed layers")
     else:
         print(f"  fewest checkpointed layers for {tokens} tokens: {best}, {plan['best_step_s']:.2f} s a step")
-    print(f"  most tokens with {plan['checkpoint_layers']} layers checkpointed: {plan['max_tokens_per_card']}")
+    if plan["checkpoint_layers"] < layers:
+        print(f"  most tokens with {plan['checkpoint_layers']} layers checkpointed: {plan['max_tokens_per_card']}")
     print(f"  most tokens with all {layers} checkpointed: {plan['max_tokens_per_card_all_checkpointed']}\n")
 
     bus, flops = machine.bus_bytes_per_s / 1e9, machine.flops / 1e12
