@@ -165,12 +165,18 @@ def test_pack_without_pictures_and_with_branches() -> None:
     assert batch.branch_ids.tolist() == [0, 0, *branches]
 
 
+def test_supervised_positions_are_those_with_labels() -> None:
+    batch = pack([(4, make_text([1, 3, 2], [0, 1, 2], 1), None), (5, make_text([1, 7], [0, 1], 1), None)])
+    assert batch.supervised.tolist() == [place for place, label in enumerate(batch.labels) if label != IGNORE_INDEX]
+    assert len(batch.supervised) > 0
+
+
 def test_batch_moves_as_a_whole() -> None:
     """A tensor left behind would only be noticed on a GPU; the meta device notices it here."""
     pixels = torch.zeros(3, 4, 4)
     batch = pack([(4, make_text([1, 3, 2], [0, 1, 2], 1), pixels)]).to(torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 6
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (batch.cu_seqlens, batch.rows) == ([0, 3], [4])
 
