@@ -150,7 +150,7 @@ def shard(objective: nn.Module, blocks: Sequence[Block], parallel: str, dtype: t
         blocks: in the order they run; what is outside them is gathered for the whole step. Each must run in every step
             on every rank: FSDP cannot accumulate gradients over a group that was never gathered.
         dtype: of computing. Trained parameters stay in float32, gradients are summed in float32.
-    Raises: ValueError when machines have different numbers of ranks.
+    Raises: ValueError when machines have different numbers of ranks, or this torch cannot share quantised weights.
     """
     shard_size = {"fsdp": ranks.size, "hsdp": ranks.num_local, "ddp": 1}[parallel]
     if ranks.size % shard_size:
@@ -167,11 +167,18 @@ def shard(objective: nn.Module, blocks: Sequence[Block], parallel: str, dtype: t
         fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
         return
     last = max(index for index, block in enumerate(blocks) if block.in_backward)
-    groups = [
-        # The last one's backward follows its forward at once: giving it back in between would only cost a gather.
-        fully_shard(block.module, mesh=mesh, mp_policy=policy, reshard_after_forward=index != last)
-        for index, block in enumerate(blocks)
-    ]
+    try:
+        groups = [
+            # The last one's backward follows its forward at once: giving it back in between would only cost a gather.
+            fully_shard(block.module, mesh=mesh, mp_policy=policy, reshard_after_forward=index != last)
+            for index, block in enumerate(blocks)
+        ]
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        raise ValueError(
+            f"FSDP of torch {torch.__version__} cannot share 8- and 4-bit weights: use parallel = 'ddp', or torch 2.13"
+        ) from error
     # Said, since FSDP does not see that `lm_head`, which is in a block, is also the language model's.
     in_blocks = {parameter for block in blocks for parameter in block.module.parameters()}
     fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=in_blocks)
