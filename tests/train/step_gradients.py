@@ -14,7 +14,8 @@ from safetensors.torch import save_file  # noqa: E402
 
 from train.config import TrainConfig, load_configs  # noqa: E402
 from train.parallel import Ranks, backward, fill, gather, leave_ranks, shard, start_ranks  # noqa: E402
-from train.stage import build_objective, list_sources, open_data, open_start  # noqa: E402
+from train.stage import build_objective, open_data  # noqa: E402
+from train.start import list_sources, open_start  # noqa: E402
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from model.files import StoredTensor
 from tests.conftest import TINY_TOKENIZER
 from train.config import TrainConfig, make_config
 from train.parallel import Ranks, backward, fill, shard, start_fake_ranks
-from train.stage import Start, build_objective, list_sources, open_start
+from train.stage import build_objective
+from train.start import Start, list_sources, open_start
 
 NUM_RANKS = 8
 SETTINGS = {"name": "a", "data": "a.json", "dtype": "float32", "lora_rank": 4, "lora_alpha": 8}
