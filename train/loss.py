@@ -43,7 +43,7 @@ class NextToken(nn.Module):
         layers = list(llama.layers)
         parts = [*(tower.layers[: tower.num_used_layers] if self.reads_images else []), llama.embed_tokens]
         parts += [*layers, self.token_loss]
-        return [Block(part, part in layers or is_trained(part)) for part in parts]
+        return [Block(part, part in layers or any(p.requires_grad for p in part.parameters())) for part in parts]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses, and the likeliest token at each supervised position (A,).
@@ -123,10 +123,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (hidden_gradient,) = ctx.saved_tensors
         return gradient.to(hidden_gradient.dtype) * hidden_gradient, None, None
-
-
-def is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class CaptionMatching(nn.Module):
