@@ -1,0 +1,1 @@
+"""Each data set from small files in its owners' format."""
