@@ -24,7 +24,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.tokenizer import Tokenizer
@@ -84,6 +84,7 @@ class Rendered:
     position_ids: list[int]
     branch_ids: list[int]  # 0 for the trunk; n for the n-th branch, which sees the trunk and itself
     num_images: int
+    num_cut: int = 0  # tokens that did not fit
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -114,7 +115,7 @@ def parse_turns(row: object) -> list[Turn]:
             raise ValueError(f"turn {number}: an answer cannot hold {IMAGE_MARKER}")
     num_images = sum(turn.has_image for turn in turns)
     image = row.get("image")
-    if image is not None and not isinstance(image, str):
+    if image is not None and not (isinstance(image, str) and image):
         raise ValueError(f"'image' is {image!r}, expected one path")
     if image is None and num_images:
         raise ValueError(f"the text has an {IMAGE_MARKER} marker, the row has no 'image'")
@@ -164,9 +165,11 @@ def render_conversation(
         segments = _segments_plain(turns, tokenizer)
     else:
         segments = _segments_chat(turns, tokenizer, CHAT_TEMPLATES[template], branched)
-    if max_tokens is not None:
-        segments = _truncate(segments, max_tokens, tokens_per_image)
-    return _join(segments, tokens_per_image)
+    whole = _join(segments, tokens_per_image)
+    if max_tokens is None or len(whole) <= max_tokens:
+        return whole
+    kept = _join(_truncate(segments, max_tokens, tokens_per_image), tokens_per_image)
+    return replace(kept, num_cut=len(whole) - len(kept))
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,7 @@ def _name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def main() -> None:
-    from data.dataset import load_rows  # which imports this module
+    from data.rows import load_rows  # which imports this module
 
     parser = argparse.ArgumentParser(description="Show the tokens of a row, and which of them are learned.")
     parser.add_argument("--show", type=Path, required=True, metavar="FILE", help="LLaVA's JSON, or JSONL")

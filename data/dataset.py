@@ -1,6 +1,5 @@
-"""LLaVA conversation files (JSON or JSONL) become examples: a rendered document and its picture's pixels."""
+"""LLaVA conversation files (JSON or JSONL) become examples: a rendered document and its picture."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.conversation import IMAGE_MARKER, TEMPLATES, Rendered, Turn, parse_turns, render_conversation
-from data.image import open_image, preprocess_image
+from data.conversation import IMAGE_MARKER, TEMPLATES, Rendered, parse_turns, render_conversation
+from data.feature_store import FeatureStore, TokenStore
+from data.image import preprocess_image
+from data.pictures import PictureFolder
+from data.rows import NO_IMAGE, RowFile, stream_rows
+from data.shards import order_by_shard
 from data.tokenizer import Tokenizer
 
 
@@ -28,94 +31,151 @@ class RenderOptions:
 
 
 class ConversationDataset:
-    """The rows of one file. Every row is checked when the file is opened, every picture when it is read."""
+    """The rows of one file that can be learned from. All are checked when the file is opened; pictures when read."""
 
-    def __init__(self, file: Path, image_folder: Path, tokenizer: Tokenizer, options: RenderOptions) -> None:
-        """Raises: FileNotFoundError or ValueError naming the file and the row."""
+    def __init__(
+        self,
+        file: Path,
+        image_folder: Path,
+        tokenizer: Tokenizer,
+        options: RenderOptions,
+        bad_list: Path | None = None,
+        features: FeatureStore | None = None,
+        tokens: TokenStore | None = None,
+    ) -> None:
+        """Open a file.
+
+        Args:
+            bad_list: what `data.check` found unusable; those rows are left out.
+            features: pictures that are encoded already; those in `image_folder` are only compared with them.
+            tokens: the rows' text, rendered already.
+        Raises: FileNotFoundError or ValueError naming the file and the row.
+        """
         self.file = file
-        self.image_folder = image_folder
         self.tokenizer = tokenizer
         self.options = options
-        self.turns: list[list[Turn]] = []
-        self.images: list[str | None] = []
-        self.templates: list[str] = []
-        for number, row in enumerate(load_rows(file)):
-            try:
-                turns = parse_turns(row)
-                if options.branched and any(turn.has_image for turn in turns[1:]):
-                    raise ValueError(f"branched turns share one picture, but {IMAGE_MARKER} stands in a later turn")
-            except ValueError as error:
-                raise ValueError(f"{file}, row {number}: {error}") from error
-            self.turns.append(turns)
-            # A row may name its own template, as rows of a text corpus do; official files never do.
-            self.templates.append(row.get("template", options.template))
-            if self.templates[-1] not in TEMPLATES:
-                raise ValueError(f"{file}, row {number}: template {self.templates[-1]!r} is unknown")
-            image = row.get("image")
-            if image is not None and not (image_folder / image).is_file():
-                raise FileNotFoundError(f"{file}, row {number}: image {image_folder / image} is missing")
-            self.images.append(image)
+        self.features = features
+        self.tokens = tokens
+        self.rows = RowFile(file)
+        self.pictures = PictureFolder(image_folder)
+        self.row_numbers = np.arange(len(self.rows))  # of the rows that are used, in the file
+        if bad_list is not None:
+            self.row_numbers = self.row_numbers[~_find_bad(self.rows, bad_list)]
+            if not len(self.row_numbers):
+                raise ValueError(f"{file} has no row that {bad_list} does not name")
+        self._check_rows()
+        self._check_pictures()
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.row_numbers)
+
+    @property
+    def num_left_out(self) -> int:
+        """How many rows of the file are not used."""
+        return len(self.rows) - len(self)
+
+    @property
+    def has_pictures(self) -> bool:
+        return bool((self.rows.image_turns[self.row_numbers] != NO_IMAGE).any())
+
+    def image(self, index: int) -> str | None:
+        """Return the path of row `index`'s picture, None where it has none."""
+        return self.rows.images[self.row_numbers[index]]
 
     def render(self, index: int) -> Rendered:
         """Return the ids and labels of row `index`."""
+        number = self.row_numbers[index]
+        if self.tokens is not None:
+            return self.tokens[number]
+        row = self.rows[number]
         return render_conversation(
-            self.turns[index],
+            parse_turns(row),
             self.tokenizer,
             self.options.tokens_per_image,
-            self.templates[index],
+            # A row may name its own template, as rows of a text corpus do; official files never do.
+            row.get("template", self.options.template),
             self.options.branched,
             self.options.max_tokens,
         )
 
-    def load_pixels(self, index: int, seed: Sequence[int] | None = None) -> Tensor | None:
-        """Return the pixels (3, S, S) of row `index`, or None where it has no picture.
+    def load_picture(self, index: int, seed: Sequence[int] | None = None) -> Tensor | None:
+        """Return the pixels (3, S, S) of row `index`, or its features (P, D) if they are kept; None without a picture.
 
         Args:
             seed: numbers that decide the augmentation; None for none.
         """
-        image = self.images[index]
+        image = self.image(index)
         if image is None:
             return None
         try:
-            picture = open_image(self.image_folder / image)
+            if self.features is not None:
+                return self.features.load(image, self.pictures)
+            picture = self.pictures.open(image)
             pixels = preprocess_image(picture, self.options.image_size, self.options.aspect)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.file}, row {index}: {error}") from error
+            raise ValueError(f"{self.file}, row {self.row_numbers[index]}: {error}") from error
         if seed is not None and self.options.augment_pixels:
             pixels = _shift_and_mirror(pixels, self.options.augment_pixels, np.random.default_rng(seed))
         return pixels
 
+    def permute(self, epoch: int, seed: int) -> np.ndarray:
+        """Return the order of an epoch: any, or one in which tar shards are read from front to back."""
+        places = self.pictures.locate([self.image(index) for index in range(len(self))])
+        if places is None:
+            return np.random.default_rng((seed, epoch)).permutation(len(self))
+        return order_by_shard(*places, epoch, seed)
 
-def load_rows(file: Path) -> list[dict]:
-    """Read a JSON list, or JSON objects line by line (`.jsonl`).
+    def _check_rows(self) -> None:
+        used = set(self.row_numbers.tolist()) if self.num_left_out else range(len(self.rows))
+        problems = {number: flaw for number, flaw in self.rows.flaws.items() if number in used}
+        known = {repr(template) for template in TEMPLATES}
+        for template, number in self.rows.templates.items():
+            if template not in known:
+                problems[number] = f"template {template} is unknown, expected one of {', '.join(TEMPLATES)}"
+        if self.options.branched and len(late := np.flatnonzero(self.rows.image_turns > 0)):
+            problems[int(late[0])] = f"branched turns share one picture, but {IMAGE_MARKER} stands in a later turn"
+        if problems:
+            number = min(problems)
+            raise ValueError(f"{self.file}, row {number}: {problems[number]}{_how_many(len(problems))}")
 
-    Raises: FileNotFoundError, or ValueError naming the line that is no JSON.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"data file {file} is missing")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    if file.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-    else:
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error} (one object a line needs the ending .jsonl)") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file} holds no rows, expected a list of conversations")
-    return rows
+    def _check_pictures(self) -> None:
+        missing: dict[str, int] = {}
+        for number in self.row_numbers.tolist():
+            image = self.rows.images[number]
+            try:
+                if image is not None and not self._has(image):
+                    missing.setdefault(image, number)
+            except ValueError as error:
+                raise ValueError(f"{self.file}, row {number}: {error}") from error
+        if missing:
+            image, number = next(iter(missing.items()))
+            raise FileNotFoundError(
+                f"{self.file}, row {number}: image {self.pictures.folder / image} is missing{_how_many(len(missing))}"
+            )
+
+    def _has(self, image: str) -> bool:
+        return image in self.features if self.features is not None else self.pictures.find(image) is not None
+
+
+def _find_bad(rows: RowFile, bad_list: Path) -> np.ndarray:
+    """Tell of each row whether the list names it or its picture."""
+    names, is_bad = set(), np.zeros(len(rows), dtype=bool)
+    for entry in stream_rows(bad_list):
+        if "row" in entry:
+            is_bad[entry["row"]] = True
+        else:
+            names.add(entry["image"])
+    for number, image in enumerate(rows.images):
+        if image in names:
+            is_bad[number] = True
+    return is_bad
+
+
+def _how_many(count: int) -> str:
+    """End a message about the first of `count` problems."""
+    if count == 1:
+        return ""
+    return f"; {count} in all: `python -m data.check` lists them, and bad_list leaves them out"
 
 
 def _shift_and_mirror(pixels: Tensor, reach: int, random: np.random.Generator) -> Tensor:

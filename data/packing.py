@@ -31,7 +31,8 @@ class Batch:
     position_ids: Tensor  # (T,), from 0 in every document
     branch_ids: Tensor | None  # (T,), None where no document branches
     cu_seqlens: list[int]  # borders of the documents: 0, ..., T
-    pixel_values: Tensor | None  # (N, 3, S, S) in reading order, None where no document has a picture
+    pixel_values: Tensor | None  # (N, 3, S, S) in reading order, None where no document has a picture to encode
+    patch_features: Tensor | None  # (N, P, D) of the vision tower, where pictures were encoded ahead
     rows: list[int]  # which rows of the file the documents are
 
     @property
@@ -49,6 +50,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             branch_ids=None if self.branch_ids is None else self.branch_ids.to(device, non_blocking=True),
             pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
+            patch_features=None if self.patch_features is None else self.patch_features.to(device, non_blocking=True),
         )
 
 
@@ -61,13 +63,20 @@ class Step:
     num_tokens: int  # tokens in the whole step
     num_documents: int  # documents in the whole step
     rows_without_labels: list[int]  # documents of the whole step from which nothing can be learned
+    num_cut: int  # documents of the whole step that were too long, and lost their end
+    waste: float  # share of the ranks' time, in tokens, that they wait for the one with the most
 
 
-def pack(documents: Sequence[tuple[int, Rendered, Tensor | None]]) -> Batch:
-    """Lay documents (row number, text, pixels) end to end."""
+def pack(documents: Sequence[tuple[int, Rendered, Tensor | None]], is_encoded: bool = False) -> Batch:
+    """Lay documents (row number, text, picture) end to end.
+
+    Args:
+        is_encoded: pictures are features (P, D), not pixels (3, S, S).
+    """
     labels = torch.tensor([label for _, text, _ in documents for label in text.labels])
     texts = [text for _, text, _ in documents]
-    pixels = [pixel for _, _, pixel in documents if pixel is not None]
+    pictures = [picture for _, _, picture in documents if picture is not None]
+    stacked = torch.stack(pictures) if pictures else None
     branches = [branch for text in texts for branch in text.branch_ids]
     return Batch(
         input_ids=torch.tensor([token for text in texts for token in text.input_ids]),
@@ -76,7 +85,8 @@ def pack(documents: Sequence[tuple[int, Rendered, Tensor | None]]) -> Batch:
         position_ids=torch.tensor([position for text in texts for position in text.position_ids]),
         branch_ids=torch.tensor(branches) if any(branches) else None,
         cu_seqlens=[0, *np.cumsum([len(text) for text in texts]).tolist()],
-        pixel_values=torch.stack(pixels) if pixels else None,
+        pixel_values=None if is_encoded else stacked,
+        patch_features=stacked if is_encoded else None,
         rows=[row for row, _, _ in documents],
     )
 
@@ -100,6 +110,9 @@ def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[l
             bins[lightest].append(index)
             weights[lightest] += lengths[index]
         if max(weights) <= max_tokens:
+            _even_out(bins, lengths)
+            # Ranks wait for each other at every micro-batch: those that they run together are alike.
+            bins.sort(key=lambda bin_: (-sum(lengths[index] for index in bin_), bin_))
             shares = [bins[rank::num_ranks] for rank in range(num_ranks)]
             return [[sorted(micro_batch) for micro_batch in share] for share in shares]
         num_micro_batches += 1
@@ -107,6 +120,33 @@ def deal(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[l
         f"{len(lengths)} documents of up to {max(lengths)} tokens cannot be dealt to {num_ranks} ranks in "
         f"micro-batches of at most {max_tokens} tokens: raise micro_batch_tokens"
     )
+
+
+def _even_out(bins: list[list[int]], lengths: Sequence[int]) -> None:
+    """Swap documents between the heaviest and the lightest share as long as that brings the two closer."""
+    weights = [sum(lengths[index] for index in bin_) for bin_ in bins]
+    while True:
+        heavy, light = weights.index(max(weights)), weights.index(min(weights))
+        gap = weights[heavy] - weights[light]
+        swaps = [
+            (abs(gap - 2 * (lengths[i] - lengths[j])), a, b)
+            for a, i in enumerate(bins[heavy])
+            for b, j in enumerate(bins[light])
+        ]
+        left, a, b = min(swaps)
+        if left >= gap:
+            return
+        moved = lengths[bins[heavy][a]] - lengths[bins[light][b]]
+        bins[heavy][a], bins[light][b] = bins[light][b], bins[heavy][a]
+        weights[heavy] -= moved
+        weights[light] += moved
+
+
+def measure_waste(shares: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> float:
+    """Return the share of the ranks' time, counted in tokens, in which they wait: micro-batches run side by side."""
+    loads = [[sum(lengths[index] for index in micro_batch) for micro_batch in share] for share in shares]
+    slots = len(shares) * sum(map(max, zip(*loads, strict=True)))
+    return 1 - sum(map(sum, loads)) / slots
 
 
 class StepDataset(Dataset[Step]):
@@ -143,24 +183,31 @@ class StepDataset(Dataset[Step]):
         """Make a step of the given rows, each with the seed of its augmentation (None for none)."""
         texts = [self.dataset.render(row) for row, _ in draws]
         supervised = [text.num_supervised for text in texts]
-        shares = deal([len(text) for text in texts], self.num_ranks, self.micro_batch_tokens)
+        lengths = [len(text) for text in texts]
+        shares = deal(lengths, self.num_ranks, self.micro_batch_tokens)
+        numbers = [int(self.dataset.row_numbers[index]) for index, _ in draws]
         micro_batches = [
-            pack([(draws[i][0], texts[i], self.dataset.load_pixels(*draws[i])) for i in micro_batch])
+            pack(
+                [(numbers[i], texts[i], self.dataset.load_picture(*draws[i])) for i in micro_batch],
+                is_encoded=self.dataset.features is not None,
+            )
             for micro_batch in shares[self.rank]
         ]
         return Step(
             micro_batches,
             num_supervised=sum(supervised),
-            num_tokens=sum(len(text) for text in texts),
+            num_tokens=sum(lengths),
             num_documents=len(texts),
-            rows_without_labels=[row for (row, _), count in zip(draws, supervised, strict=True) if count == 0],
+            rows_without_labels=[row for row, count in zip(numbers, supervised, strict=True) if count == 0],
+            num_cut=sum(text.num_cut > 0 for text in texts),
+            waste=measure_waste(shares, lengths),
         )
 
     def _row(self, draw: int) -> int:
         """Return the row of draw number `draw`: every epoch is a permutation of its own."""
         epoch, place = divmod(draw, len(self.dataset))
         if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)))
+            self.order = (epoch, self.dataset.permute(epoch, self.seed))
         return int(self.order[1][place])
 
 

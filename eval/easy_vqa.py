@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.dataset import load_rows
+from data.rows import load_rows
 
 MAX_NEW_TOKENS = 12
 TYPES = ("shape", "color", "yes/no", "choice")

@@ -88,7 +88,7 @@ def make_our_step(batch: Batch, device: str) -> Callable[[], float]:
     """Return this project's training step: packed, logits at supervised positions only."""
     llava = Llava(CONFIGS["tiny"])
     initialize_weights(llava, llava.config.text.hidden_size**-0.5, seed=0)
-    objective = NextToken(llava, reads_images=True).to(device)
+    objective = NextToken(llava).to(device)
     placed = batch.to(torch.device(device))
     num_supervised = int((batch.labels != IGNORE_INDEX).sum())
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3, fused=True)

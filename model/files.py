@@ -5,6 +5,7 @@ own, and reading some of its rows reads only those.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -80,6 +81,18 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) 
 def cast_stored(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     """Return the same tensor in another type, which it takes on when it is read."""
     return replace(tensor, dtype=dtype, read=lambda rows: cast_tensor(tensor.read(rows), dtype, "cpu"))
+
+
+def hash_tensors(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the sha256 of names, shapes and numbers: the same for fp16 and for fp32 that holds the same numbers.
+
+    One tensor is in memory at a time.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].shape}\n".encode())
+        digest.update(_bytes_of(tensors[name].load().float()).numpy().data)
+    return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:

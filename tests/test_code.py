@@ -13,7 +13,8 @@ ROOMS = ("model", "data", "train", "eval", "demo")
 READMES = ("README.md", "README.zh-CN.md")
 
 # What a room may import of the others, and the commands that have to see one more: `eval/speed_tiny.py` and
-# `eval/speed_memory.py` measure the trainer's own step, `model/convert.py` writes a tokenizer beside the weights.
+# `eval/speed_memory.py` measure the trainer's own step, `model/convert.py` writes a tokenizer beside the weights,
+# `data/features.py` runs the vision tower.
 MAY_IMPORT = {
     "model": {"model"},
     "data": {"data"},
@@ -21,7 +22,12 @@ MAY_IMPORT = {
     "eval": {"eval", "model", "data"},
     "demo": {"demo", "model", "data"},
 }
-MAY_ALSO_IMPORT = {"eval/speed_tiny.py": {"train"}, "eval/speed_memory.py": {"train"}, "model/convert.py": {"data"}}
+MAY_ALSO_IMPORT = {
+    "eval/speed_tiny.py": {"train"},
+    "eval/speed_memory.py": {"train"},
+    "model/convert.py": {"data"},
+    "data/features.py": {"model"},
+}
 DISTRIBUTED = {"train/parallel.py", "train/checkpoint.py"}
 
 

@@ -45,7 +45,10 @@ class TrainConfig:
 
     # Data
     held_out: str = ""  # conversation file to measure on; "" measures nothing
-    image_folder: str = ""  # what the files' image paths are relative to; "" is the data file's own folder
+    image_folder: str = ""  # what the files' image paths are relative to, or tar shards; "" is the data file's folder
+    bad_list: str = ""  # what `python -m data.check` found unusable in `data`: these rows are left out
+    features: str = ""  # what `python -m data.features` encoded ahead of `data`: no vision tower is loaded then
+    held_out_features: str = ""  # the same of `held_out`
     template: str = "vicuna_v1"  # data/conversation.py has them: vicuna_v1 for tuning, plain for stage 1
     aspect: str = "pad"  # pad: the whole picture on a square ground; square: its middle (official stage 1)
     branched: bool = False  # turns are independent questions: all see the picture, none sees another
@@ -183,6 +186,19 @@ def _find_problem(config: TrainConfig) -> str | None:
             f"bits = {config.bits} are frozen weights, train = {config.train!r} trains them: use 'lora'",
         ),
         (config.train != "lora" or config.lora_rank > 0, "lora_rank = 0, expected more"),
+        (
+            not config.features or (config.train in ("projector", "lora", "full") and not config.vision_learning_rate),
+            f"features come from a frozen tower, train = {config.train!r} does not have one: leave them out",
+        ),
+        (
+            not (config.features and config.augment_pixels),
+            f"augment_pixels = {config.augment_pixels} changes pictures, features are of pictures as they are",
+        ),
+        (
+            bool(config.features and config.held_out) == bool(config.held_out_features),
+            "features and held_out_features go together where there is a held_out file: without a tower, its pictures "
+            "cannot be encoded either",
+        ),
         (config.lora_dropout < 1, f"lora_dropout = {config.lora_dropout} is a share, expected below 1"),
         (
             bool(config.model) or not (config.base or config.vision_tower),

@@ -86,7 +86,7 @@ def train(
     recorder = Recorder(folder, first_step, num_steps, title, tensorboard) if ranks.is_first else None
     profiler = StepProfiler(folder, ranks.rank) if is_profiled else None
     monitor = GpuMonitor(ranks.device)
-    num_documents = 0
+    num_documents = num_cut = 0
     unlearnable: set[int] = set()
     gate_reached, is_done = stop_at == 0, False
     objective.train()
@@ -97,6 +97,7 @@ def train(
         seed_step(seed, number, ranks.rank)
         result = do_step(objective, optimizer, step, max_grad_norm, ranks, stop_request)
         num_documents += step.num_documents
+        num_cut += step.num_cut
         unlearnable |= set(step.rows_without_labels)
         check_learnable(unlearnable, num_documents)
 
@@ -139,9 +140,8 @@ def train(
             f"stage {title} did not reach stop_at = {stop_at} in {num_steps} steps: give it more (max_steps, epochs), "
             "another learning_rate or seed"
         )
-    if ranks.is_first and unlearnable:
-        rows = sorted(unlearnable)
-        print(f"{title}: {len(rows)} rows had no supervised token and taught nothing, the first {rows[:10]}")
+    if ranks.is_first:
+        print_losses(title, num_documents, num_cut, sorted(unlearnable))
     return is_done
 
 
@@ -222,6 +222,7 @@ def describe_speed(step: Step, step_s: float, flops_per_token: float, peak_flops
         "tokens": step.num_tokens,
         "supervised_tokens": step.num_supervised,
         "micro_batches": len(step.micro_batches),
+        "packing_waste": step.waste,
         "step_s": step_s,
         "mfu": tokens_per_s * flops_per_token / peak_flops if peak_flops else None,
     }
@@ -266,6 +267,16 @@ def check_learnable(unlearnable: set[int], num_documents: int) -> None:
             f"{len(unlearnable)} of the first {num_documents} documents have no supervised token "
             f"(rows {sorted(unlearnable)[:10]}), the limit is {MAX_UNLEARNABLE:.0%}: max_tokens may cut their answers "
             "off, or the answers are empty"
+        )
+
+
+def print_losses(title: str, num_documents: int, num_cut: int, unlearnable: Sequence[int]) -> None:
+    """Say what of the data was not learned from."""
+    if num_cut:
+        print(f"{title}: {num_cut} of {num_documents} documents were longer than max_tokens and lost their end")
+    if unlearnable:
+        print(
+            f"{title}: {len(unlearnable)} rows had no supervised token and taught nothing, the first {unlearnable[:10]}"
         )
 
 

@@ -28,21 +28,28 @@ MAX_CAPTIONS = 4096
 class NextToken(nn.Module):
     """Predict every supervised token from those before it: LLaVA's loss in all its stages."""
 
-    def __init__(self, llava: Llava, reads_images: bool) -> None:
+    def __init__(self, llava: Llava, reads: str = "pixels") -> None:
+        """Args:
+        reads: what stands for pictures in the batches: "pixels", "features" of the vision tower, which the model then
+            does without, or "text" if there are none.
+        """
         super().__init__()
+        assert reads in ("pixels", "features", "text")
         self.llava = llava
         self.token_loss = TokenLoss(llava.language_model.lm_head)
-        self.reads_images = reads_images
+        self.reads = reads
 
     def blocks(self) -> list[Block]:
         """Return what a forward pass runs, part by part, for sharding.
 
         Gradients pass through the LLaMA's layers; the others take part in backward only if they are trained.
         """
-        tower, llama = self.llava.vision_tower, self.llava.language_model
+        llama = self.llava.language_model
         layers = list(llama.layers)
-        parts = [*(tower.layers[: tower.num_used_layers] if self.reads_images else []), llama.embed_tokens]
-        parts += [*layers, self.token_loss]
+        parts: list[nn.Module] = []
+        if self.reads == "pixels":
+            parts += self.llava.vision_tower.layers[: self.llava.vision_tower.num_used_layers]
+        parts += [llama.embed_tokens, *layers, self.token_loss]
         return [Block(part, part in layers or any(p.requires_grad for p in part.parameters())) for part in parts]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,18 +58,24 @@ class NextToken(nn.Module):
         Only supervised positions meet `lm_head`: the others' logits, most of them, are never made.
         """
         attend = PackedAttention(batch.cu_seqlens, batch.branch_ids)
-        features = self._encode(batch) if self.reads_images else None
+        features = self._encode(batch) if self.reads != "text" else None
         hidden_states = self.llava(batch.input_ids[None], batch.position_ids[None], attend, features)[0]  # (T, D)
         # The position before a token predicts it. (A, D)
         return self.token_loss(hidden_states[batch.supervised - 1], batch.labels[batch.supervised])
 
     def _encode(self, batch: Batch) -> Tensor:
-        if batch.pixel_values is not None:
-            return self.llava.encode_images(batch.pixel_values)
-        # Another rank may have pictures: every rank must run tower and projector, or their collectives never meet.
-        # A blank picture of which no patch is used gives zero gradients.
-        size = self.llava.config.vision.image_size
-        return self.llava.encode_images(torch.zeros(1, 3, size, size, device=batch.input_ids.device))[:0]
+        # Without a picture a blank one is encoded, of which no patch is used: another rank may have pictures, and
+        # every rank must run tower and projector, or their collectives never meet. It gives zero gradients.
+        vision, projector = self.llava.config.vision, self.llava.projector
+        blank = batch.input_ids.new_zeros
+        if self.reads == "features":
+            given, size = batch.patch_features, (vision.num_patches, vision.hidden_size)
+            features = blank(1, *size) if given is None else given
+            encoded = projector(features.to(projector.linear_1.weight))
+        else:
+            given, size = batch.pixel_values, (vision.image_size, vision.image_size)
+            encoded = self.llava.encode_images(blank(1, 3, *size) if given is None else given)
+        return encoded if given is not None else encoded[:0]
 
 
 class TokenLoss(nn.Module):

@@ -182,14 +182,19 @@ def count_weights(config: TrainConfig, sizes: LlavaConfig) -> Weights:
     vocabulary = group(text.vocab_size * text.hidden_size, trains_llama or config.lora_vocabulary)
     tower_numbers = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     tower_numbers += 9 * vision.hidden_size + vision.intermediate_size  # biases and norms
-    num_used = 0 if config.train == "language" else vision.num_hidden_layers + 1 + vision.select_layer
+    num_used = vision.num_hidden_layers + 1 + vision.select_layer
+    if config.train == "language" or config.features:
+        num_used = 0
     projector_numbers = (vision.hidden_size + text.hidden_size + 2) * text.hidden_size
     outside = [
         group(projector_numbers, config.train in ("projector", "lora", "full")),
         group(text.hidden_size, trains_llama),  # the last norm
-        group((3 * vision.patch_size**2 + vision.num_patches + 4) * vision.hidden_size, trains_tower),
-        group((vision.num_hidden_layers - num_used) * tower_numbers + 2 * vision.hidden_size, False),  # not run
     ]
+    if not config.features:  # then there is no tower
+        outside += [
+            group((3 * vision.patch_size**2 + vision.num_patches + 4) * vision.hidden_size, trains_tower),
+            group((vision.num_hidden_layers - num_used) * tower_numbers + 2 * vision.hidden_size, False),  # not run
+        ]
     root = Group(sum(part.frozen_bytes for part in outside), sum(part.num_trained for part in outside))
     tower_layer = group(tower_numbers, trains_tower)
     return Weights(layer, vocabulary, vocabulary, tower_layer, root, text.num_hidden_layers, num_used)

@@ -28,8 +28,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from data.conversation import IMAGE_TOKEN_ID  # noqa: E402
-from data.dataset import load_rows  # noqa: E402
 from data.packing import Batch  # noqa: E402
+from data.rows import RowFile  # noqa: E402
 from model.config import CONFIGS, MODEL_TYPE, VIT_L_14_336, LlavaConfig  # noqa: E402
 from model.files import read_json  # noqa: E402
 from model.layouts import read_llama_config  # noqa: E402
@@ -149,7 +149,7 @@ def find_sizes(config: TrainConfig, size: str | None) -> tuple[LlavaConfig, str]
 def count_documents(config: TrainConfig, arguments: argparse.Namespace) -> int | None:
     if arguments.documents:
         return arguments.documents
-    return len(load_rows(Path(config.data))) if Path(config.data).is_file() else None
+    return len(RowFile(Path(config.data))) if Path(config.data).is_file() else None
 
 
 def make_plan(
@@ -235,7 +235,7 @@ def simulate(config: TrainConfig, sizes: LlavaConfig, work: Workload, ranks: Ran
         memory.phase = "batch"
         # Beyond the second, micro-batches meet what the second met.
         num_batches = min(2, work.num_micro_batches)
-        batches = [make_batch(work, sizes, config.train != "language", ranks.device) for _ in range(num_batches)]
+        batches = [make_batch(work, sizes, config, ranks.device) for _ in range(num_batches)]
         memory.forget_peak()
         for phase in run_step(objective, optimizer, batches, ranks):
             memory.phase = phase
@@ -262,14 +262,20 @@ def update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def make_batch(work: Workload, sizes: LlavaConfig, has_images: bool, device: torch.device) -> Batch:
+def make_batch(work: Workload, sizes: LlavaConfig, config: TrainConfig, device: torch.device) -> Batch:
     """Return documents of equal length; where they have room for it, each begins with a picture."""
     borders = [work.num_tokens * index // work.num_documents for index in range(work.num_documents + 1)]
-    num_patches, size = sizes.vision.num_patches, sizes.vision.image_size
-    num_images = work.num_documents if has_images and work.num_tokens > num_patches * work.num_documents else 0
+    num_patches, size, width = sizes.vision.num_patches, sizes.vision.image_size, sizes.vision.hidden_size
+    has_images = config.train != "language" and work.num_tokens > num_patches * work.num_documents
+    num_images = work.num_documents if has_images else 0
     input_ids = torch.zeros(work.num_tokens, dtype=torch.long, device=device)
     for start in borders[:num_images]:
         input_ids[start : start + num_patches] = IMAGE_TOKEN_ID
+    pixels = features = None
+    if num_images and config.features:
+        features = torch.zeros(num_images, num_patches, width, dtype=torch.bfloat16, device=device)
+    elif num_images:
+        pixels = torch.zeros(num_images, 3, size, size, device=device)
     return Batch(
         input_ids=input_ids,
         labels=torch.zeros_like(input_ids),
@@ -277,7 +283,8 @@ def make_batch(work: Workload, sizes: LlavaConfig, has_images: bool, device: tor
         position_ids=torch.zeros_like(input_ids),
         branch_ids=None,
         cu_seqlens=borders,
-        pixel_values=torch.zeros(num_images, 3, size, size, device=device) if num_images else None,
+        pixel_values=pixels,
+        patch_features=features,
         rows=[],
     )
 

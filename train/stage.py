@@ -5,9 +5,10 @@ The model is built without memory, sharded, and only then filled: every rank rea
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from data.conversation import IGNORE_INDEX
 from data.dataset import ConversationDataset, RenderOptions
+from data.feature_store import FeatureStore, TokenStore
+from data.features import feature_key, token_key
 from data.packing import StepDataset
 from model.config import LlavaConfig
 from model.files import StoredTensor, cast_stored, replace_folder
@@ -32,6 +35,8 @@ from train.optim import make_optimizer
 from train.parallel import Ranks, fill, gather, shard
 from train.start import Start, list_sources, lora_settings, open_start
 
+Opened = TypeVar("Opened")
+
 
 def run_stage(
     config: TrainConfig,
@@ -42,13 +47,9 @@ def run_stage(
     is_profiled: bool,
 ) -> bool:
     """Train one stage and write `final/`; tell whether it is finished."""
-    if ranks.is_first:
-        start = open_start(config, previous)  # downloads what is missing, which only one should
-    ranks.wait()
-    if not ranks.is_first:
-        start = open_start(config, previous)
+    start = open_in_turn(functools.partial(open_start, config, previous), ranks)
     check_plan(config, start.config, ranks)
-    steps, held_out = open_data(config, start, ranks)
+    steps, held_out = open_in_turn(functools.partial(open_data, config, start, ranks), ranks)
     llava, objective = build_objective(config, start.config, steps.dataset)
     sources = list_sources(llava, objective, start, config.seed)
     shard(objective, objective.blocks(), config.parallel, getattr(torch, config.dtype), ranks)
@@ -108,6 +109,13 @@ def run_stage(
     return is_finished
 
 
+def open_in_turn(open_: Callable[[], Opened], ranks: Ranks) -> Opened:
+    """Open something on the first rank, which downloads or indexes what is not there yet, then on the others."""
+    opened = open_() if ranks.is_first else None
+    ranks.wait()
+    return open_() if opened is None else opened
+
+
 def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepDataset, StepDataset | None]:
     """Open the training and the held-out file."""
     vision, limit = start.config.vision, start.config.text.max_position_embeddings
@@ -128,17 +136,31 @@ def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepData
         max_tokens=config.max_tokens,
         augment_pixels=config.augment_pixels,
     )
-    opened = []
-    for file in (config.data, config.held_out):
+    opened: list[StepDataset] = []
+    for file, bad_list, features in (
+        (config.data, config.bad_list, config.features),
+        (config.held_out, "", config.held_out_features),
+    ):
         if file:
             folder = Path(config.image_folder) if config.image_folder else Path(file).parent
-            dataset = ConversationDataset(Path(file), folder, start.tokenizer, options)
-            if config.train == "language" and any(dataset.images):
+            stores = open_stores(Path(features), Path(file), start, options) if features else ()
+            dataset = ConversationDataset(
+                Path(file), folder, start.tokenizer, options, Path(bad_list) if bad_list else None, *stores
+            )
+            if config.train == "language" and dataset.has_pictures:
                 raise ValueError(f"{file} has pictures, train = 'language' takes text only")
+            if dataset.num_left_out and ranks.is_first:
+                print(f"{file}: {dataset.num_left_out} of {len(dataset.rows)} rows are left out, as {bad_list} says")
             opened.append(
                 StepDataset(dataset, config.batch_size, config.micro_batch_tokens, config.seed, ranks.rank, ranks.size)
             )
     return opened[0], opened[1] if config.held_out else None
+
+
+def open_stores(folder: Path, file: Path, start: Start, options: RenderOptions) -> tuple[FeatureStore, TokenStore]:
+    """Open what was encoded ahead of a file. Raises: ValueError for features of another model, or of other rows."""
+    features = feature_key(start.tensors, start.config.vision, options.aspect)
+    return FeatureStore(folder, features), TokenStore(folder, token_key(file, start.tokenizer, options))
 
 
 def build_objective(
@@ -157,13 +179,16 @@ def build_objective(
             quantize_linears(llava, config.bits)
         if config.train == "lora":
             add_lora(llava, lora_settings(config))
+        if config.features:
+            del llava.vision_tower
     llava.language_model.checkpoint_layers = config.checkpoint_layers
     freeze(llava, config)
     for parameter in llava.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.train != "vision":
-        return llava, NextToken(llava, reads_images=config.train != "language")
+        reads = "features" if config.features else "pixels"
+        return llava, NextToken(llava, "text" if config.train == "language" else reads)
     assert dataset is not None
     objective = CaptionMatching(llava.vision_tower, list_captions(dataset), dataset.tokenizer.vocab_size)
     for part in (objective.visual_projection, objective.word_embedding):

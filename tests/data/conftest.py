@@ -89,6 +89,7 @@ def make_dataset(tmp_path: Path, picture_folder: Path, tiny_tokenizer: Tokenizer
     def make(rows: list[dict], name: str = "rows.json", **options: Any) -> ConversationDataset:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         text = "\n".join(lines) + "\n" if name.endswith(".jsonl") else "[" + ",\n".join(lines) + "]"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
         chosen: dict[str, Any] = {"tokens_per_image": 3, "image_size": 14, **options}
         return ConversationDataset(tmp_path / name, picture_folder, tiny_tokenizer, RenderOptions(**chosen))

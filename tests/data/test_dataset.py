@@ -1,16 +1,20 @@
 """Files of rows: two notations of the same thing, and errors that say where to look."""
 
+import itertools
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from data.conversation import render_conversation
-from data.dataset import ConversationDataset, RenderOptions, load_rows
+from data.conversation import Turn, parse_turns, render_conversation
+from data.dataset import ConversationDataset, RenderOptions
 from data.image import open_image, preprocess_image
+from data.packing import StepDataset
+from data.rows import load_rows
 from data.tokenizer import Tokenizer
 from tests.conftest import TINY_TOKENIZER
 from tests.data.conftest import MakeDataset
@@ -29,15 +33,19 @@ def open_rows(file: Path, folder: Path, tokenizer: Tokenizer) -> ConversationDat
     return ConversationDataset(file, folder, tokenizer, RenderOptions(tokens_per_image=3, image_size=SIZE))
 
 
+def read_turns(dataset: ConversationDataset) -> list[list[Turn]]:
+    return [parse_turns(dataset.rows[number]) for number in dataset.row_numbers]
+
+
 def test_json_and_jsonl_are_the_same(make_dataset: MakeDataset, eleven_rows: list[dict]) -> None:
     """A list is how LLaVA's files come, a line per row is what tools write; the reader does not care."""
     rows = [*eleven_rows, make_row("图中\u2028是什么?", "line\u2028separator\u0085is no line's end")]
     first, second = make_dataset(rows, "rows.json"), make_dataset(rows, "rows.jsonl")
     assert len(first) == len(second) == 12
-    assert first.turns == second.turns
+    assert read_turns(first) == read_turns(second)
     for index in range(12):
         assert first.render(index) == second.render(index)
-        one, other = first.load_pixels(index), second.load_pixels(index)
+        one, other = first.load_picture(index), second.load_picture(index)
         assert (one is None) == (other is None) == ("image" not in rows[index])
         if one is not None and other is not None:
             assert torch.equal(one, other)
@@ -50,7 +58,7 @@ def test_jsonl_with_blank_lines_and_windows_line_ends(
     file = tmp_path / "rows.jsonl"
     file.write_bytes("\r\n".join(["", *[json.dumps(make_row(f"q{i}")) for i in range(3)], "  ", ""]).encode())
     dataset = open_rows(file, picture_folder, tiny_tokenizer)
-    assert [turns[0].text for turns in dataset.turns] == ["q0", "q1", "q2"]
+    assert [turns[0].text for turns in read_turns(dataset)] == ["q0", "q1", "q2"]
 
 
 def test_examples_are_rendered_with_the_options(
@@ -58,13 +66,13 @@ def test_examples_are_rendered_with_the_options(
 ) -> None:
     """Every option reaches the function it is meant for."""
     plain = make_dataset(eleven_rows, template="plain", tokens_per_image=7, max_tokens=31)
-    branched = make_dataset(eleven_rows, branched=True, aspect="square", image_size=17)
+    branched = make_dataset(eleven_rows, "branched.json", branched=True, aspect="square", image_size=17)
     for index in range(11):
-        turns = plain.turns[index]
+        turns = read_turns(plain)[index]
         assert plain.render(index) == render_conversation(turns, tiny_tokenizer, 7, "plain", max_tokens=31)
         assert branched.render(index) == render_conversation(turns, tiny_tokenizer, 3, branched=True)
     picture = open_image(picture_folder / "3.png")
-    pixels = branched.load_pixels(3)
+    pixels = branched.load_picture(3)
     assert pixels is not None
     assert torch.equal(pixels, preprocess_image(picture, 17, "square"))
 
@@ -74,7 +82,7 @@ def test_a_row_may_name_its_template(make_dataset: MakeDataset, tiny_tokenizer: 
     rows = [make_row("red", template="plain"), make_row("red"), make_row("red", template="vicuna_v1")]
     dataset = make_dataset(rows)
     expected = [
-        render_conversation(dataset.turns[0], tiny_tokenizer, 3, template)
+        render_conversation(read_turns(dataset)[0], tiny_tokenizer, 3, template)
         for template in ("plain", "vicuna_v1", "vicuna_v1")
     ]
     assert [dataset.render(index) for index in range(3)] == expected
@@ -88,7 +96,8 @@ def test_a_row_may_name_its_template(make_dataset: MakeDataset, tiny_tokenizer: 
         (make_row("<image>\nq"), ValueError, "marker, the row has no 'image'"),
         (make_row("q", image="0.png"), ValueError, "has an 'image', its text has 0"),
         (make_row("<image>\nq", image="nothing.png"), FileNotFoundError, "image .*nothing.png is missing"),
-        (make_row("<image>\nq", image=""), FileNotFoundError, "image .* is missing"),
+        (make_row("<image>\nq", image=""), ValueError, "'image' is '', expected one path"),
+        (make_row("<image>\nq", image="../0.png"), ValueError, "'../0.png' leads out of the image folder"),
         (make_row("q", template="v0"), ValueError, "template 'v0' is unknown"),
         (make_row("q", template=None), ValueError, "template None is unknown"),
         ({"conversations": []}, ValueError, "needs a question"),
@@ -115,7 +124,7 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("rows.json", b'[{"conversations": [}]', r"is not JSON: .*line 1 column 21"),
-        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"is not JSON: .*needs the ending \.jsonl"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"holds no rows, .*needs the ending \.jsonl"),
         ("rows.json", b"", "is not JSON"),
         ("rows.json", b"[]", "holds no rows"),
         ("rows.json", b'{"conversations": []}', "holds no rows, expected a list"),
@@ -145,14 +154,14 @@ def test_unreadable_picture_names_row_and_picture(tmp_path: Path, tiny_tokenizer
     rows = [make_row("<image>\nq", image=name) for name in ("good.png", "bad.png")]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dataset = open_rows(tmp_path / "rows.json", tmp_path, tiny_tokenizer)
-    assert dataset.load_pixels(0) is not None
-    with pytest.raises(ValueError, match=r"rows\.json, row 1: cannot read .*bad\.png: "):
-        dataset.load_pixels(1)
+    assert dataset.load_picture(0) is not None
+    with pytest.raises(ValueError, match=r"rows\.json, row 1: .*bad\.png: cannot read the picture: "):
+        dataset.load_picture(1)
 
 
 def load(dataset: ConversationDataset, index: int, seed: tuple[int, ...] | None) -> torch.Tensor:
     """Return the pixels of a row that has a picture."""
-    pixels = dataset.load_pixels(index, seed)
+    pixels = dataset.load_picture(index, seed)
     assert pixels is not None
     return pixels
 
@@ -209,3 +218,63 @@ def test_a_picture_in_a_later_branch_and_half_a_character_are_refused_when_opene
         options = RenderOptions(tokens_per_image=4, image_size=14, branched=True)
         with pytest.raises(ValueError, match=message):
             ConversationDataset(tmp_path / "rows.json", tmp_path, Tokenizer(TINY_TOKENIZER), options)
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "rows.json"
+
+
+def test_the_bad_list_leaves_out_pictures_and_rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """Rows keep the numbers they have in the file: messages name those."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    images = [None, "a.png", "gone.png", None, "gone.png", "a.png"]
+    rows = [make_row("<image>\nq" if image else f"q{n}", **({"image": image} if image else {}))
+            for n, image in enumerate(images)]  # fmt: skip
+    rows[3] = {"conversations": "broken"}
+    file, bad_list = write_rows(tmp_path, rows), tmp_path / "bad.jsonl"
+    bad_list.write_text('{"image": "gone.png", "reason": "missing"}\n{"row": 3, "reason": "no list"}\n', "utf-8")
+    options = RenderOptions(tokens_per_image=3, image_size=SIZE)
+    dataset = ConversationDataset(file, tmp_path, tiny_tokenizer, options, bad_list)
+    assert (len(dataset), dataset.num_left_out) == (3, 3)
+    assert dataset.row_numbers.tolist() == [0, 1, 5]
+    assert [dataset.image(index) for index in range(3)] == [None, "a.png", "a.png"]
+    assert [dataset.render(index).num_images for index in range(3)] == [0, 1, 1]
+    assert dataset.has_pictures
+    batch = StepDataset(dataset, 3, 999, 0, rank=0, num_ranks=1)[0].micro_batches[0]
+    assert sorted(batch.rows) == [0, 1, 5]
+
+    bad_list.write_text('{"image": "gone.png"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.json, row 3: expected an object with a list"):
+        ConversationDataset(file, tmp_path, tiny_tokenizer, options, bad_list)
+    bad_list.write_text("".join(f'{{"row": {number}}}\n' for number in range(6)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no row that .*bad\.jsonl does not name"):
+        ConversationDataset(file, tmp_path, tiny_tokenizer, options, bad_list)
+
+
+def test_missing_pictures_are_counted(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """One message for all of them, and the way out; three rows, two pictures."""
+    rows = [make_row("<image>\nq", image=f"{name}.png") for name in ("x", "y", "x")]
+    with pytest.raises(FileNotFoundError, match=r"row 0: .*x\.png is missing; 2 in all: .*data\.check.*bad_list"):
+        open_rows(write_rows(tmp_path, rows), tmp_path, tiny_tokenizer)
+
+
+def test_an_epoch_over_shards_reads_each_from_front_to_back(
+    tmp_path: Path, picture_folder: Path, tiny_tokenizer: Tokenizer, make_dataset: MakeDataset, eleven_rows: list[dict]
+) -> None:
+    """The rows are those of the folder, in an order that suits a tar; every epoch has another."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in (3, 1, 0, 4, 2):
+            tar.add(picture_folder / f"{number}.png", f"{number}.png")
+    loose = make_dataset(eleven_rows, "data/rows.json")
+    dataset = open_rows(tmp_path / "data/rows.json", tmp_path, tiny_tokenizer)
+    orders = [dataset.permute(epoch, seed=1).tolist() for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(11))
+        places = [[3, 1, 0, 4, 2].index(int(image[0])) for image in map(dataset.image, order) if image]
+        assert sum(later < earlier for earlier, later in itertools.pairwise(places)) <= 1  # where it wraps around
+    assert len({tuple(order) for order in orders}) > 1
+    for index in range(11):
+        one, other = dataset.load_picture(index), loose.load_picture(index)
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)

@@ -1,5 +1,6 @@
 """The fast loss is the plain one, and a batch without pictures still runs every module."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_loss_equals_full_logits_in_any_chunks(llava: Llava, chunk: int, monkeyp
     monkeypatch.setattr(train.loss, "LOGITS_CHUNK_TOKENS", chunk)
     batch = make_batch(with_image=True)
     assert batch.pixel_values is not None
-    loss, predicted = NextToken(llava, reads_images=True)(batch)
+    loss, predicted = NextToken(llava)(batch)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in llava.named_parameters() if p.grad is not None}
     llava.zero_grad()
@@ -50,7 +51,37 @@ def test_loss_equals_full_logits_in_any_chunks(llava: Llava, chunk: int, monkeyp
 
 def test_batch_without_pictures_gives_the_projector_zero_gradients(llava: Llava) -> None:
     """Not no gradients: other ranks may have pictures, and every rank must take part in the same sums."""
-    loss, _ = NextToken(llava, reads_images=True)(make_batch(with_image=False))
+    loss, _ = NextToken(llava)(make_batch(with_image=False))
+    loss.backward()
+    for name, parameter in llava.projector.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_made_ahead_give_the_loss_of_pixels(llava: Llava, dtype: torch.dtype) -> None:
+    """To the last bit where they are stored in the type of computing; in fp32 the tower's features are rounded."""
+    llava.to(dtype)
+    batch = make_batch(with_image=True)
+    assert batch.pixel_values is not None
+    features = llava.vision_tower(batch.pixel_values.to(dtype)).bfloat16()
+    ahead = replace(batch, pixel_values=None, patch_features=features)
+    gradients = []
+    for reads, given in (("pixels", batch), ("features", ahead)):
+        llava.zero_grad()
+        loss, _ = NextToken(llava, reads)(given)
+        loss.backward()
+        gradient = llava.projector.linear_1.weight.grad
+        assert gradient is not None
+        gradients.append((loss.detach(), gradient.clone()))
+    (loss, gradient), (loss_ahead, gradient_ahead) = gradients
+    rounding = 0.0 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(loss_ahead, loss, rtol=rounding, atol=0)
+    torch.testing.assert_close(gradient_ahead, gradient, rtol=0, atol=50 * rounding * gradient.abs().max().item())
+
+
+def test_features_without_pictures_give_the_projector_zero_gradients(llava: Llava) -> None:
+    loss, _ = NextToken(llava, "features")(make_batch(with_image=False))
     loss.backward()
     for name, parameter in llava.projector.named_parameters():
         assert parameter.grad is not None, name
@@ -58,7 +89,7 @@ def test_batch_without_pictures_gives_the_projector_zero_gradients(llava: Llava)
 
 
 def test_language_objective_leaves_tower_and_projector_alone(llava: Llava) -> None:
-    loss, _ = NextToken(llava, reads_images=False)(make_batch(with_image=False))
+    loss, _ = NextToken(llava, reads="text")(make_batch(with_image=False))
     loss.backward()
     assert all(parameter.grad is None for parameter in llava.projector.parameters())
 
