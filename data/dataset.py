@@ -65,6 +65,7 @@ class ConversationDataset:
                 raise ValueError(f"{file} has no row that {bad_list} does not name")
         self._check_rows()
         self._check_pictures()
+        self.places = self.pictures.locate(map(self.image, range(len(self))))  # where shards have them
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -120,10 +121,9 @@ class ConversationDataset:
 
     def permute(self, epoch: int, seed: int) -> np.ndarray:
         """Return the order of an epoch: any, or one in which tar shards are read from front to back."""
-        places = self.pictures.locate([self.image(index) for index in range(len(self))])
-        if places is None:
+        if self.places is None:
             return np.random.default_rng((seed, epoch)).permutation(len(self))
-        return order_by_shard(*places, epoch, seed)
+        return order_by_shard(*self.places, epoch, seed)
 
     def _check_rows(self) -> None:
         used = set(self.row_numbers.tolist()) if self.num_left_out else range(len(self.rows))

@@ -217,16 +217,18 @@ def arrange_names(names: Sequence[str]) -> dict[str, Tensor]:
 
 def arrange_rows(rows: Iterable[Rendered | None]) -> dict[str, Tensor]:
     """Return rows as columns of numbers; None, for a row that is left out, is one without tokens."""
-    columns: dict[str, list[int]] = {name: [] for name in (*TOKEN_COLUMNS, *ROW_COLUMNS)}
-    ends = []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in TOKEN_COLUMNS}
+    numbers: dict[str, list[int]] = {name: [] for name in ROW_COLUMNS}
+    lengths = []
     for row in rows:
-        for name in TOKEN_COLUMNS:
-            columns[name] += getattr(row, name) if row else []
-        for name in ROW_COLUMNS:
-            columns[name].append(getattr(row, name) if row else 0)
-        ends.append(len(columns[TOKEN_COLUMNS[0]]))
-    tensors = {name: torch.tensor(column, dtype=torch.int32) for name, column in columns.items()}
-    return tensors | {"ends": torch.tensor(ends, dtype=torch.int64)}
+        for name, column in columns.items():
+            column.append(np.array(getattr(row, name) if row else [], dtype=np.int32))
+        for name, values in numbers.items():
+            values.append(getattr(row, name) if row else 0)
+        lengths.append(len(row) if row else 0)
+    tensors = {name: torch.from_numpy(np.concatenate(column)) for name, column in columns.items()}
+    tensors |= {name: torch.tensor(values, dtype=torch.int32) for name, values in numbers.items()}
+    return tensors | {"ends": torch.tensor(lengths).cumsum(0)}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], mark: str = "") -> None:

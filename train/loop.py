@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,34 @@ class StepResult:
     rank_wait_s: float  # how long the ranks waited, on average, for the slowest
 
 
+@dataclass
+class Tally:
+    """What became of the documents, for the lines at a run's end."""
+
+    num_documents: int = 0
+    num_cut: int = 0
+    num_tokens: int = 0
+    num_waited: float = 0.0  # tokens that ranks could have done while they waited for the one with the most
+    unlearnable: set[int] = field(default_factory=set)  # rows without a supervised token
+
+    def add(self, step: Step) -> None:
+        self.num_documents += step.num_documents
+        self.num_cut += step.num_cut
+        self.num_tokens += step.num_tokens
+        self.num_waited += step.num_tokens * step.waste / (1 - step.waste)
+        self.unlearnable |= set(step.rows_without_labels)
+
+    def print(self, title: str) -> None:
+        if self.num_waited:
+            waste = self.num_waited / (self.num_tokens + self.num_waited)
+            print(f"{title}: packing left {waste:.2%} of the ranks' places for tokens empty")
+        if self.num_cut:
+            print(f"{title}: {self.num_cut} of {self.num_documents} documents exceeded max_tokens and lost their end")
+        if self.unlearnable:
+            first = sorted(self.unlearnable)[:10]
+            print(f"{title}: {len(self.unlearnable)} rows had no supervised token and taught nothing, first {first}")
+
+
 def train(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -86,8 +114,7 @@ def train(
     recorder = Recorder(folder, first_step, num_steps, title, tensorboard) if ranks.is_first else None
     profiler = StepProfiler(folder, ranks.rank) if is_profiled else None
     monitor = GpuMonitor(ranks.device)
-    num_documents = num_cut = 0
-    unlearnable: set[int] = set()
+    tally = Tally()
     gate_reached, is_done = stop_at == 0, False
     objective.train()
     waiting_since = time.perf_counter()
@@ -96,10 +123,8 @@ def train(
         rates = set_learning_rates(optimizer, schedule(number - 1, num_steps, warmup_ratio))
         seed_step(seed, number, ranks.rank)
         result = do_step(objective, optimizer, step, max_grad_norm, ranks, stop_request)
-        num_documents += step.num_documents
-        num_cut += step.num_cut
-        unlearnable |= set(step.rows_without_labels)
-        check_learnable(unlearnable, num_documents)
+        tally.add(step)
+        check_learnable(tally.unlearnable, tally.num_documents)
 
         step_s = time.perf_counter() - waiting_since
         row: dict[str, Any] = {
@@ -141,7 +166,7 @@ def train(
             "another learning_rate or seed"
         )
     if ranks.is_first:
-        print_losses(title, num_documents, num_cut, sorted(unlearnable))
+        tally.print(title)
     return is_done
 
 
@@ -267,16 +292,6 @@ def check_learnable(unlearnable: set[int], num_documents: int) -> None:
             f"{len(unlearnable)} of the first {num_documents} documents have no supervised token "
             f"(rows {sorted(unlearnable)[:10]}), the limit is {MAX_UNLEARNABLE:.0%}: max_tokens may cut their answers "
             "off, or the answers are empty"
-        )
-
-
-def print_losses(title: str, num_documents: int, num_cut: int, unlearnable: Sequence[int]) -> None:
-    """Say what of the data was not learned from."""
-    if num_cut:
-        print(f"{title}: {num_cut} of {num_documents} documents were longer than max_tokens and lost their end")
-    if unlearnable:
-        print(
-            f"{title}: {len(unlearnable)} rows had no supervised token and taught nothing, the first {unlearnable[:10]}"
         )
 
 

@@ -102,9 +102,8 @@ def _describe_options(arguments: argparse.Namespace) -> dict[str, object]:
             return [describe(item) for item in value]
         return value.resolve().name if isinstance(value, Path) else value
 
-    return {
-        name: describe(value) for name, value in vars(arguments).items() if name not in {"source", "out", "workers"}
-    }
+    elsewhere = {"source", "out", "workers", "parts"}
+    return {name: describe(value) for name, value in vars(arguments).items() if name not in elsewhere}
 
 
 def _parse_arguments() -> argparse.Namespace:
