@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.conversation import IMAGE_MARKER, TEMPLATES, Rendered, parse_turns, render_conversation
+from data.conversation import IMAGE_MARKER, Rendered, parse_turns, render_conversation
 from data.feature_store import FeatureStore, TokenStore
 from data.image import preprocess_image
 from data.pictures import PictureFolder
-from data.rows import NO_IMAGE, RowFile, stream_rows
+from data.rows import NO_IMAGE, RowFile, find_bad_rows
 from data.shards import order_by_shard
 from data.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ class ConversationDataset:
         self.pictures = PictureFolder(image_folder)
         self.row_numbers = np.arange(len(self.rows))  # of the rows that are used, in the file
         if bad_list is not None:
-            self.row_numbers = self.row_numbers[~_find_bad(self.rows, bad_list)]
+            self.row_numbers = self.row_numbers[~find_bad_rows(self.rows, bad_list)]
             if not len(self.row_numbers):
                 raise ValueError(f"{file} has no row that {bad_list} does not name")
         self._check_rows()
@@ -128,10 +128,6 @@ class ConversationDataset:
     def _check_rows(self) -> None:
         used = set(self.row_numbers.tolist()) if self.num_left_out else range(len(self.rows))
         problems = {number: flaw for number, flaw in self.rows.flaws.items() if number in used}
-        known = {repr(template) for template in TEMPLATES}
-        for template, number in self.rows.templates.items():
-            if template not in known:
-                problems[number] = f"template {template} is unknown, expected one of {', '.join(TEMPLATES)}"
         if self.options.branched and len(late := np.flatnonzero(self.rows.image_turns > 0)):
             problems[int(late[0])] = f"branched turns share one picture, but {IMAGE_MARKER} stands in a later turn"
         if problems:
@@ -155,20 +151,6 @@ class ConversationDataset:
 
     def _has(self, image: str) -> bool:
         return image in self.features if self.features is not None else self.pictures.find(image) is not None
-
-
-def _find_bad(rows: RowFile, bad_list: Path) -> np.ndarray:
-    """Tell of each row whether the list names it or its picture."""
-    names, is_bad = set(), np.zeros(len(rows), dtype=bool)
-    for entry in stream_rows(bad_list):
-        if "row" in entry:
-            is_bad[entry["row"]] = True
-        else:
-            names.add(entry["image"])
-    for number, image in enumerate(rows.images):
-        if image in names:
-            is_bad[number] = True
-    return is_bad
 
 
 def _how_many(count: int) -> str:

@@ -12,7 +12,6 @@ be learned from without a sign that anything is wrong.
 Shapes: P patches per picture, D hidden size of the vision tower.
 """
 
-import bisect
 import functools
 import hashlib
 import json
@@ -31,7 +30,6 @@ from torch import Tensor
 
 from data.conversation import Rendered
 from data.pictures import PictureFolder
-from data.rows import ImageNames
 
 # To be raised whenever data/image.py makes other pixels of a picture than before.
 PROCESSING = 1
@@ -79,7 +77,7 @@ class FeatureStore:
         index = map_tensors(folder / INDEX_FILE)
         self.folder = folder
         self.pictures_per_shard = int(manifest["pictures_per_shard"])
-        self.names = ImageNames(index["names"].numpy(), index["name_ends"].numpy())  # ascending
+        self.names = index["names"].numpy().view(f"S{index['names'].shape[1]}")[:, 0]  # ascending
         self.digests = index["sha256"].numpy()  # (number of pictures, 32)
 
     def __len__(self) -> int:
@@ -108,8 +106,11 @@ class FeatureStore:
         return open_shard(file)["features"][row].clone()
 
     def _find(self, name: str) -> int | None:
-        place = bisect.bisect_left(self.names, name)
-        return place if place < len(self.names) and self.names[place] == name else None
+        wanted = name.encode()
+        if len(wanted) > self.names.itemsize:  # NumPy would widen, and so copy, all names to compare them
+            return None
+        place = int(self.names.searchsorted(wanted))
+        return place if place < len(self.names) and self.names[place] == wanted else None
 
 
 class TokenStore:
@@ -207,12 +208,9 @@ def tokens_file(folder: Path, shard: int) -> Path:
     return folder / f"tokens-{shard:05d}.safetensors"
 
 
-def arrange_names(names: Sequence[str]) -> dict[str, Tensor]:
-    """Return names as two columns, which `ImageNames` reads."""
-    encoded = [name.encode() for name in names]
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    text = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
-    return {"names": torch.from_numpy(text), "name_ends": torch.from_numpy(ends)}
+def arrange_names(names: Sequence[str]) -> Tensor:
+    """Return names as rows of bytes, with zeros behind those that are not the longest."""
+    return torch.from_numpy(np.array([name.encode() for name in names], dtype=bytes)[:, None].view(np.uint8))
 
 
 def arrange_rows(rows: Iterable[Rendered | None]) -> dict[str, Tensor]:
@@ -235,7 +233,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], mark: str = "") -> 
     """Write a file that has its name only when it is whole.
 
     Args:
-        mark: tells apart the temporary names of ranks that may write the same file.
+        mark: tells apart the temporary names of ranks that may write the same file. Without it, whoever goes on with
+            the work of a rank that was killed writes over what that left.
     Raises: OSError.
     """
     partial = file.with_suffix(f".partial{mark}")
@@ -249,15 +248,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], mark: str = "") -> 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Do the same with JSON, which ranks may write at once."""
-    partial = file.with_suffix(f".partial-{os.getpid()}")
+    partial = file.with_suffix(f".partial{_mark()}")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, file)
+
+
+def _mark() -> str:
+    return f"-{os.environ.get('RANK', '0')}"
 
 
 def read_digests(file: Path, names: Sequence[str]) -> Tensor:
     """Return the sha256 of a shard's pictures. Raises: ValueError when it is damaged, or holds other pictures."""
     tensors = map_tensors(file)
-    if any(not torch.equal(tensors[key], column) for key, column in arrange_names(names).items()):
+    if not torch.equal(tensors["names"], arrange_names(names)):
         raise ValueError(f"{file} holds other pictures than expected: delete it and run the same command again")
     return tensors["sha256"]
 
@@ -284,12 +287,12 @@ def finish_store(
     if not all(file.is_file() for file in files):
         return None
     digests = [read_digests(file, names) for file, names in zip(files, shards, strict=False)]
-    index = arrange_names([name for names in shards for name in names])
-    index["sha256"] = torch.cat([torch.empty(0, 32, dtype=torch.uint8), *digests])
-    write_tensors(folder / INDEX_FILE, index, mark=f"-{os.getpid()}")
+    all_digests = torch.cat([torch.empty(0, 32, dtype=torch.uint8), *digests])
+    all_names = arrange_names([name for names in shards for name in names])
+    write_tensors(folder / INDEX_FILE, {"names": all_names, "sha256": all_digests}, _mark())
     manifest = {
         **key,
-        "num_pictures": len(index["sha256"]),
+        "num_pictures": len(all_names),
         "num_patches": num_patches,
         "hidden_size": hidden_size,
         "num_rows": num_rows,

@@ -202,7 +202,7 @@ def write_features(
                 bar.update(len(digest))
             if writing is not None:
                 writing.result()
-            tensors = {"features": features, "sha256": digests, **arrange_names(names)}
+            tensors = {"features": features, "sha256": digests, "names": arrange_names(names)}
             writing = writer.submit(write_tensors, features_file(folder, shard), tensors)
         if writing is not None:
             writing.result()

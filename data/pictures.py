@@ -28,13 +28,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from data.image import open_image
 
 INDEX_NAME = "index.safetensors"
-INDEX_VERSION = "1"
+INDEX_VERSION = 1
 TAR_BLOCK = 512  # bytes; a tar ends with blocks of zeros
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -243,7 +243,9 @@ class Shards:
         self.files = [folder / tar for tar in tars]
         status = [file.stat() for file in self.files]
         self.times = [of_file.st_mtime_ns for of_file in status]
-        stamp = json.dumps([[tar, of.st_size, of.st_mtime_ns] for tar, of in zip(tars, status, strict=True)])
+        stamp = json.dumps(
+            [INDEX_VERSION, *([tar, of.st_size, of.st_mtime_ns] for tar, of in zip(tars, status, strict=True))]
+        )
         index = _load_index(folder / INDEX_NAME, stamp) or _make_index(folder / INDEX_NAME, stamp, self.files)
         self.names = Names(index["keys"], index["starts"], index["ends"], index["text"].tobytes())
         self.shard_of, self.offsets, self.sizes = index["shard_of"], index["offsets"], index["sizes"]
@@ -315,7 +317,7 @@ def _load_index(file: Path, stamp: str) -> dict[str, np.ndarray] | None:
     """Return the index, or None where there is none of these very shards."""
     try:
         with safe_open(file, framework="np") as opened:
-            if opened.metadata() != {"version": INDEX_VERSION, "shards": stamp}:
+            if opened.metadata() != {"of": stamp}:
                 return None
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
@@ -349,7 +351,7 @@ def _make_index(index_file: Path, stamp: str, files: Sequence[Path]) -> dict[str
         raise ValueError(f"{index_file.parent}: {name} is in {tars}: a name must be there once")
     temporary = index_file.with_name(f"{INDEX_NAME}.{os.getpid()}.partial")
     try:
-        save_file(index, temporary, {"version": INDEX_VERSION, "shards": stamp})
+        temporary.write_bytes(save(index, {"of": stamp}))
         os.replace(temporary, index_file)
     except (OSError, SafetensorError) as error:
         print(f"{index_file} cannot be written ({error}): the tars' headers are read each time", file=sys.stderr)

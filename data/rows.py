@@ -19,9 +19,9 @@ from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from data.conversation import parse_turns
+from data.conversation import TEMPLATES, parse_turns
 
 CHUNK_BYTES = 2**22
 MAX_ITEM_CHARACTERS = 2**26  # an error in the file's middle is an item without end: it must not be read to the file's
@@ -60,8 +60,7 @@ class RowFile:
     Attributes:
         num_turns: of every row; 0 where the row is flawed.
         image_turns: the turn that has the picture, NO_IMAGE where none has.
-        templates: the distinct templates that rows name, as Python writes them, with the first row of each.
-        flaws: what `parse_turns` says of rows that are no conversations, by number.
+        flaws: what is wrong with rows that are no conversations, by number.
         images: the rows' pictures, None for text.
     """
 
@@ -71,13 +70,11 @@ class RowFile:
             raise FileNotFoundError(f"data file {file} is missing")
         self.file = file
         self.stamp = _stamp(os.stat(file))
-        index = _load_index(file, self.stamp) or _make_index(file, self.stamp)
-        columns, about = index
+        columns, flaws = _load_index(file, self.stamp) or _make_index(file, self.stamp)
         self.starts, self.ends = columns["starts"], columns["ends"]
         self.num_turns, self.image_turns = columns["num_turns"], columns["image_turns"]
         self.images = ImageNames(columns["names"], columns["name_ends"])
-        self.templates: dict[str, int] = about["templates"]
-        self.flaws: dict[int, str] = {int(number): flaw for number, flaw in about["flaws"].items()}
+        self.flaws: dict[int, str] = {int(number): flaw for number, flaw in flaws.items()}
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -108,6 +105,26 @@ class ImageNames(Sequence[str | None]):
     def __getitem__(self, number: Any) -> Any:
         start = self.ends[number - 1] if number else 0
         return self.names[start : self.ends[number]].tobytes().decode() or None
+
+
+def find_bad_rows(rows: RowFile, bad_list: Path) -> np.ndarray:
+    """Tell of each row whether a list of `data.check` names it or its picture.
+
+    Raises: FileNotFoundError or ValueError for a list that is missing, or of another file.
+    """
+    names, is_bad = set(), np.zeros(len(rows), dtype=bool)
+    if not bad_list.is_file():
+        raise FileNotFoundError(f"bad list {bad_list} is missing: `python -m data.check {rows.file}` writes it")
+    for _, _, bad in _scan_lines(bad_list):
+        if isinstance(bad.get("image"), str):
+            names.add(bad["image"])
+        elif isinstance(bad.get("row"), int) and 0 <= bad["row"] < len(rows):
+            is_bad[bad["row"]] = True
+        else:
+            raise ValueError(
+                f"{bad_list} names {bad}, expected an 'image', or a 'row' of the {len(rows)} in {rows.file}"
+            )
+    return is_bad | np.fromiter((image in names for image in rows.images), bool, len(rows))
 
 
 class RowWriter:
@@ -296,34 +313,33 @@ def _index_file(file: Path) -> Path:
     return file.with_name(file.name + ".index")
 
 
-def _load_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def _load_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
     """Return the index, or None where there is none of this very file."""
     try:
         with safe_open(_index_file(file), framework="np") as opened:
             about = opened.metadata()
             if about.get("version") != INDEX_VERSION or about.get("stamp") != stamp:
                 return None
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(about["rows"])  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(about["flaws"])  # noqa: SIM118
     except (OSError, SafetensorError):  # not there, or not whole
         return None
 
 
-def _make_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _make_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read and check every row; write down what is found, if the folder can be written."""
     starts, ends, name_ends = array("q"), array("q"), array("q")
     num_turns, image_turns = array("i"), array("i")
     names = bytearray()
-    templates: dict[str, int] = {}
     flaws: dict[str, str] = {}
     for number, (start, end, row) in enumerate(_scan_rows(file)):
         turns, image_turn, image = 0, NO_IMAGE, None
         try:
             parsed = parse_turns(row)
+            if "template" in row and row["template"] not in TEMPLATES:
+                raise ValueError(f"template {row['template']!r} is unknown, expected one of {', '.join(TEMPLATES)}")
             turns, image = len(parsed), row.get("image")
             image_turn = next((place for place, turn in enumerate(parsed) if turn.has_image), NO_IMAGE)
             names += (image or "").encode("utf-8")
-            if "template" in row:
-                templates.setdefault(repr(row["template"]), number)
         except ValueError as error:
             flaws[str(number)] = str(error)
         for column, value in zip(
@@ -338,14 +354,13 @@ def _make_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str
         "num_turns": np.array(num_turns),
         "image_turns": np.array(image_turns),
     }
-    about = {"templates": templates, "flaws": flaws}
     temporary = _index_file(file).with_name(f"{file.name}.index.{os.getpid()}.partial")
     try:
-        save_file(columns, temporary, {"version": INDEX_VERSION, "stamp": stamp, "rows": json.dumps(about)})
+        temporary.write_bytes(save(columns, {"version": INDEX_VERSION, "stamp": stamp, "flaws": json.dumps(flaws)}))
         os.replace(temporary, _index_file(file))
     except (OSError, SafetensorError) as error:
         print(f"{_index_file(file)} cannot be written ({error}): the file is read whole each time", file=sys.stderr)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return columns, about
+    return columns, flaws

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.pictures import INDEX_NAME, TAR_BLOCK, PictureFolder, clean_name, list_members
-from data.rows import RowFile
+from data.rows import RowFile, find_bad_rows
 
 NUM_THREADS = 16  # that read pictures: slow storage answers many at a time
 READ_AHEAD = 256  # pictures
@@ -81,7 +81,7 @@ def write_shards(names: Iterable[str], pictures: PictureFolder, out: Path, shard
     if missing := [name for name in ordered if pictures.find(name) is None]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(ordered)} pictures are missing in {pictures.folder}, the first {missing[:5]}: "
-            "`python -m data.check` lists them all"
+            "`python -m data.check` lists them all, --bad-list leaves them out"
         )
     ordered = [ordered[place] for place in np.random.default_rng(seed).permutation(len(ordered))]
     plan = plan_shards(ordered, pictures, shard_bytes)
@@ -142,11 +142,14 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="conversation file whose pictures are packed")
     parser.add_argument("--images", type=Path, required=True, help="folder that its image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--bad-list", type=Path, help="bad.jsonl of data.check: pictures to leave out")
     parser.add_argument("--shard-mb", type=float, default=1000, help="size of a shard, in million bytes")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which pictures are packed")
     arguments = parser.parse_args()
     try:
-        names = (name for name in RowFile(arguments.file).images if name is not None)
+        rows = RowFile(arguments.file)
+        is_bad = find_bad_rows(rows, arguments.bad_list) if arguments.bad_list else np.zeros(len(rows), dtype=bool)
+        names = (name for name, bad in zip(rows.images, is_bad, strict=True) if name is not None and not bad)
         shard_bytes = int(arguments.shard_mb * 1e6)
         write_shards(names, PictureFolder(arguments.images), arguments.out, shard_bytes, arguments.seed)
         shards = PictureFolder(arguments.out).shards  # opening makes the index

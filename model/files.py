@@ -219,7 +219,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises: OSError.
     """
     try:
+        file.touch()
+        mode = file.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors makes files that nobody else can read
     except SafetensorError as error:  # safetensors wraps the system's error, a full disk among them
         raise OSError(f"cannot write {file}: {error}") from error
     written = open_tensors(file)

@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     def refuse(*_: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr("data.pictures.save_file", refuse)
+    monkeypatch.setattr("data.pictures.save", refuse)
     assert PictureFolder(tmp_path).read("a.jpg") == b"a"
     assert "cannot be written (read-only file system)" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["0.tar"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import data.rows
-from data.rows import NO_IMAGE, RowFile, RowWriter, load_rows, stream_items, stream_rows
+from data.rows import NO_IMAGE, RowFile, RowWriter, find_bad_rows, load_rows, stream_items, stream_rows
 
 
 def make_row(number: int, **extra: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_any_row_by_its_number(tmp_path: Path, name: str, style: str) -> None:
         assert list(rows.images) == [row.get("image") for row in ROWS]
         assert rows.num_turns.tolist() == [len(row["conversations"]) for row in ROWS]
         assert rows.image_turns.tolist() == [0 if "image" in row else NO_IMAGE for row in ROWS]
-        assert (rows.templates, rows.flaws) == ({}, {})
+        assert rows.flaws == {}
     assert list(stream_rows(file)) == load_rows(file) == ROWS
 
 
@@ -146,6 +146,7 @@ def test_the_index_is_used_while_the_file_is_the_same(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(data.rows, "_make_index", lambda *_: pytest.fail("made again"))
         assert RowFile(file)[3] == ROWS[3]
+    assert (tmp_path / "r.json.index").stat().st_mode == file.stat().st_mode  # who can read one can read both
     write(file, ROWS[::-1], "flat")
     os.utime(file, ns=(1, 1))
     with pytest.raises(ValueError, match=r"r\.json has changed since it was opened"):
@@ -165,18 +166,18 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.json.index"]
 
 
-def test_the_index_knows_flaws_and_templates(tmp_path: Path) -> None:
+def test_the_index_knows_flaws(tmp_path: Path) -> None:
     """What is wrong with a row is known at once, though opening does not read it again."""
     file = tmp_path / "r.json"
     late = {"image": "x", "conversations": [*ROWS[0]["conversations"], {"from": "human", "value": "<image>"},
                                             {"from": "gpt", "value": "y"}]}  # fmt: skip
-    rows = [ROWS[0], {"conversations": []}, make_row(6, template="plain"), ["no"], late, make_row(9, template="plain")]
+    rows = [ROWS[0], {"conversations": []}, make_row(6, template="plain"), ["no"], late, make_row(9, template="v0")]
     write(file, rows, "pretty")
     for _ in range(2):
         opened = RowFile(file)
-        assert sorted(opened.flaws) == [1, 3]
+        assert sorted(opened.flaws) == [1, 3, 5]
+        assert "template 'v0' is unknown" in opened.flaws[5]
         assert "needs a question" in opened.flaws[1]
-        assert opened.templates == {"'plain'": 2}
         assert opened.image_turns.tolist() == [NO_IMAGE, NO_IMAGE, NO_IMAGE, NO_IMAGE, 2, NO_IMAGE]
         assert opened.images[4] == "x"
         assert opened[3] == ["no"]
@@ -198,3 +199,21 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path, name: str) -> None
     assert load_rows(file) == ROWS
     assert [path.name for path in file.parent.iterdir()] == [name]
     assert len(file.read_text(encoding="utf-8").split("\n")) == len(ROWS) + {"r.json": 3, "r.jsonl": 1}[name]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"row": 20}', r"names \{'row': 20\}, expected an 'image', or a 'row' of the 20 in .*r\.json"),
+        ('{"pictures": "a"}', "expected an 'image'"),
+        ("{", "line 1 is not JSON"),
+        (None, "bad list .* is missing"),
+    ],
+)
+def test_bad_lists_that_are_none(tmp_path: Path, line: str | None, message: str) -> None:
+    """Of another file, or no list at all: nothing is left out by chance."""
+    write(tmp_path / "r.json", ROWS, "flat")
+    if line is not None:
+        (tmp_path / "bad.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        find_bad_rows(RowFile(tmp_path / "r.json"), tmp_path / "bad.jsonl")

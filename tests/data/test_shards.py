@@ -182,6 +182,11 @@ def test_missing_pictures_are_an_error_before_anything_is_written(tmp_path: Path
     assert "gone/1.jpg" in done.stderr
     assert "data.check" in done.stderr
     assert not (tmp_path / "shards").exists()
+    (tmp_path / "bad.jsonl").write_text('{"image": "gone/1.jpg"}\n{"image": "gone/2.jpg"}\n', encoding="utf-8")
+    without = ("--bad-list", tmp_path / "bad.jsonl")
+    done = run_command(rows, "--images", tmp_path / "images", "--out", tmp_path / "shards", *without)
+    assert done.returncode == 0, done.stderr
+    assert f"{NUM_PICTURES} pictures in 1 shards" in done.stdout
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
