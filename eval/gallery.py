@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from data.rows import load_rows  # noqa: E402
 from data.image import open_image  # noqa: E402
+from data.rows import load_rows  # noqa: E402
 
 NUM_PICTURES = 8
 QUESTIONS_PER_PICTURE = 3

@@ -5,6 +5,7 @@
     generate  first token and tokens per second, against transformers' generate     eval/speed_generate.py
     padding   tokens spent on padding, against official LLaVA's sampler; counted    eval/speed_padding.py
     memory    what a LoRA step takes of one card of eight, against the plan         eval/speed_memory.py
+    data      preparing, checking and loading, against official LLaVA's loading     eval/speed_data.py
 
 Contestants take turns on the same weights; what is printed is medians, their spread and ratios to the peer, and how
 much of what the machine can do at most that is. Each result is appended to `eval/results/speed.jsonl` with the machine,
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 RESULTS = ROOT / "eval/results/speed.jsonl"
-SUITES = ("tiny", "load", "generate", "padding", "memory")
+SUITES = ("tiny", "load", "generate", "padding", "memory", "data")
 SIZES = ("tiny", "small", "1b", "7b", "13b")
 
 
@@ -37,6 +38,13 @@ def main() -> None:
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="of generate")
     parser.add_argument("--new-tokens", type=int, default=64, help="of generate: tokens an answer has")
+    parser.add_argument("--rows", type=int, help="of data: rows of the file that is opened; by default LLaVA's 665,298")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=ROOT / "data/tiny/tokenizer.model",
+        help="of data; LLaMA's tokenizer.model, or the tiny model's",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="file the results are appended to")
     arguments = parser.parse_args()
     suites = arguments.suite.split(",")
@@ -46,6 +54,8 @@ def main() -> None:
         parser.error("--size 13b goes with --suite memory alone")
     if (arguments.repeats or 1) < 1 or arguments.new_tokens < 2 or min(arguments.batch_sizes) < 1:
         parser.error("expected at least 1 of --repeats and --batch-sizes, and 2 --new-tokens")
+    if (arguments.rows or 8) < 8 or not arguments.tokenizer.is_file():
+        parser.error(f"expected at least 8 --rows, one a rank, and a file --tokenizer {arguments.tokenizer}")
     run_suites(suites, arguments)
 
 

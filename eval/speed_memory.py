@@ -94,7 +94,7 @@ def measure(size: str, num_documents: int, length: int, checkpoint_layers: int, 
     for parameter in objective.parameters():
         fill_at_random(parameter.detach())
     optimizer = make_optimizer(objective, {"": config.learning_rate}, config.weight_decay, config.beta2)
-    batch = make_batch(work, sizes, True, ranks.device)
+    batch = make_batch(work, sizes, config, ranks.device)
     seconds = []
     for _ in range(NUM_STEPS):
         wait_for(device)

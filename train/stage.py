@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from data.conversation import IGNORE_INDEX
 from data.dataset import ConversationDataset, RenderOptions
-from data.feature_store import FeatureStore, TokenStore
+from data.feature_store import FeatureKey, FeatureStore, TokenStore
 from data.features import feature_key, token_key
 from data.packing import StepDataset
+from data.tokenizer import Tokenizer
 from model.config import LlavaConfig
 from model.files import StoredTensor, cast_stored, replace_folder
 from model.llava import Llava, initialize_weights
@@ -136,6 +137,7 @@ def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepData
         max_tokens=config.max_tokens,
         augment_pixels=config.augment_pixels,
     )
+    key = feature_key(start.tensors, vision, config.aspect) if config.features else None
     opened: list[StepDataset] = []
     for file, bad_list, features in (
         (config.data, config.bad_list, config.features),
@@ -143,7 +145,7 @@ def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepData
     ):
         if file:
             folder = Path(config.image_folder) if config.image_folder else Path(file).parent
-            stores = open_stores(Path(features), Path(file), start, options) if features else ()
+            stores = open_stores(Path(features), key, Path(file), start.tokenizer, options) if key else ()
             dataset = ConversationDataset(
                 Path(file), folder, start.tokenizer, options, Path(bad_list) if bad_list else None, *stores
             )
@@ -157,10 +159,11 @@ def open_data(config: TrainConfig, start: Start, ranks: Ranks) -> tuple[StepData
     return opened[0], opened[1] if config.held_out else None
 
 
-def open_stores(folder: Path, file: Path, start: Start, options: RenderOptions) -> tuple[FeatureStore, TokenStore]:
+def open_stores(
+    folder: Path, key: FeatureKey, file: Path, tokenizer: Tokenizer, options: RenderOptions
+) -> tuple[FeatureStore, TokenStore]:
     """Open what was encoded ahead of a file. Raises: ValueError for features of another model, or of other rows."""
-    features = feature_key(start.tensors, start.config.vision, options.aspect)
-    return FeatureStore(folder, features), TokenStore(folder, token_key(file, start.tokenizer, options))
+    return FeatureStore(folder, key), TokenStore(folder, token_key(file, tokenizer, options))
 
 
 def build_objective(

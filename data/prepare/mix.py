@@ -1,8 +1,8 @@
 """Several conversation files become one, in seeded shares and a seeded order.
 
 A part is `FILE:SHARE`, or `FILE:SHARE:FOLDER`: share 0.5 is half of the file's rows, drawn at random, 2.5 all of them
-twice and half of them once more. The pictures of all parts have to lie below one folder, training's; FOLDER
-is put in front of the paths of a part whose own folder lies in it.
+twice and half of them once more. The pictures of all parts have to lie below one folder, training's; FOLDER is put in
+front of the paths of a part whose own folder lies in it. Ids that were there before get the file's name in front.
 """
 
 import random
@@ -46,9 +46,7 @@ def read(parts: Sequence[Part], seed: int, report: Report) -> Iterator[dict]:
     Raises: FileNotFoundError or ValueError for a file that is missing or broken, or a row that is no conversation.
     """
     files = [RowFile(report.add_input(part.file)) for part in parts]
-    drawn = [
-        _draw(len(file), part, f"{seed}:{number}") for number, (file, part) in enumerate(zip(files, parts, strict=True))
-    ]
+    drawn = [_draw(len(files[number]), part, f"{seed}:{number}") for number, part in enumerate(parts)]
     _describe(parts, files, drawn, report)
     owners = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(numbers) for numbers in drawn])
     rows = np.concatenate(drawn)

@@ -34,7 +34,7 @@ def open_rows(file: Path, folder: Path, tokenizer: Tokenizer) -> ConversationDat
 
 
 def read_turns(dataset: ConversationDataset) -> list[list[Turn]]:
-    return [parse_turns(dataset.rows[number]) for number in dataset.row_numbers]
+    return [parse_turns(dataset.rows[number]) for number in dataset.row_numbers.tolist()]
 
 
 def test_json_and_jsonl_are_the_same(make_dataset: MakeDataset, eleven_rows: list[dict]) -> None:

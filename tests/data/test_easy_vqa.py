@@ -15,7 +15,6 @@ import pytest
 from PIL import Image, ImageColor
 
 from data.conversation import parse_turns
-from data.dataset import load_rows
 from data.prepare.easy_vqa import (
     CAPTION_REQUESTS,
     COLOURS,
@@ -27,6 +26,7 @@ from data.prepare.easy_vqa import (
     question_type,
     translate,
 )
+from data.rows import load_rows
 from tests.conftest import ROOT
 
 SOURCE = Path(package.__file__).parent / "data"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from data.conversation import Turn, render_conversation
-from data.dataset import load_rows
 from data.image import open_image, preprocess_image
+from data.rows import load_rows
 from data.tokenizer import Tokenizer
 from eval import easy_vqa
 from eval.predict import answer_questions

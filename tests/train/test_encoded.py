@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.dataset import RenderOptions
+from data.features import feature_key
 from model.config import CONFIGS
 from model.llava import Llava, initialize_weights
 from model.weights import load_llava, save_llava
@@ -97,7 +98,9 @@ def test_features_of_another_model_or_file_are_refused(workplace: Path, tiny_mod
 
     def open_with(model: Path, file: Path, options: RenderOptions) -> None:
         config = make_config({"name": "x", "train": "full", "data": str(file), "model": str(model)}, "the test")
-        open_stores(folder, file, open_start(config, None), options)
+        start = open_start(config, None)
+        key = feature_key(start.tensors, start.config.vision, options.aspect)
+        open_stores(folder, key, file, start.tokenizer, options)
 
     open_with(tiny_model_folder, rows, options)
     for model, file, change, message in (

@@ -100,6 +100,7 @@ def test_every_storage_is_counted_until_it_is_freed() -> None:
         ("llava-1.5-7b", {"checkpoint_layers": 3, "train": "full"}, 8192, 2),
         ("llava-1.5-7b", {"checkpoint_layers": 3, "bits": 4, "parallel": "ddp"}, 4096, 2),
         ("llava-1.5-7b", {"checkpoint_layers": 3, "train": "projector"}, 8192, 1),
+        ("llava-1.5-7b", {"checkpoint_layers": 3, "train": "projector", "features": "made/ahead"}, 8192, 1),
         ("llava-1.5-7b", {"checkpoint_layers": 1, "train": "language"}, 8192, 1),
     ],
 )
@@ -160,7 +161,11 @@ def test_tiny_runs_are_never_stopped(ranks: Ranks) -> None:
 
 
 def test_weights_are_counted_exactly() -> None:
-    for change in ({"train": "lora", "bits": 4, "lora_targets": "q_proj,up_proj"}, {"train": "full"}):
+    for change in (
+        {"train": "lora", "bits": 4, "lora_targets": "q_proj,up_proj"},
+        {"train": "full"},
+        {"train": "lora", "features": "made/ahead"},
+    ):
         config = config_of(**change)
         weights = count_weights(config, CONFIGS["tiny"])
         _, objective = build_objective(config, CONFIGS["tiny"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data.conversation import parse_turns, render_conversation
-from data.dataset import load_rows
+from data.rows import load_rows
 from data.tokenizer import Tokenizer
 from model.config import CONFIGS
 from tests.conftest import TINY_TOKENIZER
