@@ -92,10 +92,14 @@ def test_every_path_in_the_readme_exists(readme: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_every_option_in_the_readme_exists(readme: str) -> None:
     for line in commands(readme):
-        for script, arguments in re.findall(r"python3? ((?:eval|demo|train)/\w+\.py)([^&|]*)", line):
-            source = (ROOT / script).read_text(encoding="utf-8")
+        for script, module, arguments in re.findall(
+            r"(?:python3? ((?:eval|demo|train)/\w+\.py)|-m ((?:data|model)\.[\w.]+))([^&|]*)", line
+        ):
+            file = ROOT / (script or module.replace(".", "/"))
+            file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+            source = file.read_text(encoding="utf-8")
             for option in re.findall(r"--[\w-]+", arguments):
-                assert f'"{option}"' in source, f"{script} has no {option}"
+                assert f'"{option}"' in source, f"{file} has no {option}"
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

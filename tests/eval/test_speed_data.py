@@ -1,0 +1,221 @@
+"""Both ways of loading do the same, what is made looks like what it stands for, and what is reported follows from it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from eval import speed_data
+from eval.speed_data import (
+    OFFICIAL,
+    OURS,
+    OURS_ALONE,
+    OURS_FEATURES,
+    OURS_SHARDS,
+    TINY,
+    OfficialLoader,
+    compare_rows,
+    count_workers,
+    list_goals,
+    make_conversation,
+    make_files,
+    make_picture,
+    measure_memory,
+    official_loader,
+    open_steps,
+)
+from tests.launch import ROOT, run_script
+
+GIVEN = {
+    OURS: {"samples_per_s": 8.0},
+    OURS_ALONE: {"samples_per_s": 12.0},
+    OFFICIAL: {"samples_per_s": 10.0},
+    "again": {"opened_s": 4.0, "rank_private_bytes": 1.5e9, "worker_private_bytes": 0.2e9},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed_data")
+    shutil.copyfile(ROOT / "data/tiny/tokenizer.model", folder / "tokenizer.model")
+    make_files(folder, TINY, num_rows=TINY.rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What a run wrote, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ["--suite", "data", "--size", "tiny", "--repeats", "2", "--rows", "77", "--out", "speed.jsonl"]
+    ended = run_script(folder, "eval/speed.py", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = (folder / "speed.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(line), ended.stdout
+
+
+def test_suite_writes_what_it_prints(measured: tuple[dict[str, Any], str]) -> None:
+    result, printed = measured
+    assert (result["suite"], result["sizes"]["rows"], result["repeats"]) == ("data", 77, 2)
+    loaders = {OURS, OURS_ALONE, OFFICIAL, OURS_SHARDS, OURS_FEATURES}
+    others = {"preparing coco", "preparing visual_genome", "checking", "the first time", "again"}
+    assert result["median"].keys() == result["spread"].keys() == loaders | others
+    for name, figures in result["median"].items():
+        assert f"\n{name} " in printed
+        for figure, value in figures.items():
+            low, high = result["spread"][name][figure]
+            assert low <= value <= high
+            assert value > 0 or figure == "private_peak_bytes"
+    speed = {name: result["median"][name]["samples_per_s"] for name in loaders}
+    assert result["ratio"] == {name: speed[name] / speed[OFFICIAL] for name in loaders}
+    assert result["feeding"]["13B LoRA"]["workers_per_gpu"] == pytest.approx(16 / 6.9 / speed[OURS])
+    assert result["goals"] == list_goals(result["median"])
+    assert {"device", "load_average", "commit"} <= result["environment"].keys()
+
+
+def test_both_ways_give_the_same(folder: Path) -> None:
+    """Conversations of several turns, cut ones left out, with pictures and without."""
+    dataset = open_steps(OURS_ALONE, folder).dataset
+    first = range(speed_data.NUM_COMPARED)
+    assert {dataset.image(number) is None for number in range(len(dataset))} == {True, False}
+    assert max(dataset.rows.num_turns[list(first)]) > 4
+    compare_rows(folder)
+
+
+def spoil_ids(official: OfficialLoader, row: dict) -> tuple[list[int], list[int]]:
+    input_ids, labels = render(official, row)
+    return [*input_ids[:-2], 7, input_ids[-1]], labels
+
+
+def spoil_labels(official: OfficialLoader, row: dict) -> tuple[list[int], list[int]]:
+    input_ids, labels = render(official, row)
+    return input_ids, [*labels[:-1], IGNORE_INDEX]
+
+
+def spoil_pixels(official: OfficialLoader, name: str) -> torch.Tensor:
+    return load_pixels(official, name) + 1e-6
+
+
+render, load_pixels = OfficialLoader.render, OfficialLoader.load_pixels
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil", "what"),
+    [("render", spoil_ids, "ids"), ("render", spoil_labels, "labels"), ("load_pixels", spoil_pixels, "pixels")],
+)
+def test_a_difference_stops_the_suite(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, spoil: Callable[..., object], what: str
+) -> None:
+    monkeypatch.setattr(OfficialLoader, method, spoil)
+    with pytest.raises(AssertionError, match=f"row 0: other {what}"):
+        compare_rows(folder)
+
+
+def test_official_batch_is_padded_to_its_longest_row(folder: Path) -> None:
+    official = OfficialLoader(folder)
+    without = next(number for number, row in enumerate(official.rows) if "image" not in row)
+    input_ids, labels, mask, pixels = official.load_batch([0, without, 1])
+    lengths = [len(official.render(official.rows[number])[0]) for number in (0, without, 1)]
+    assert mask.sum(dim=1).tolist() == lengths
+    assert input_ids.shape == labels.shape == (3, max(lengths))
+    assert (input_ids[~mask] == 0).all()
+    assert (labels[~mask] == IGNORE_INDEX).all()
+    assert (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist() == [1, 0, 1]
+    assert pixels.shape == (3, 3, 336, 336)
+    assert [bool(picture.any()) for picture in pixels] == [True, False, True]
+
+
+def test_the_only_rank_reads_the_rows_that_the_official_way_reads(folder: Path) -> None:
+    """Where none is cut, they count the same tokens."""
+    steps, make_share = open_steps(OURS_ALONE, folder), official_loader(folder)
+    counts = {step: make_share(step) for step in range(10)}
+    ours = {step: steps[step] for step in range(10)}
+    whole = [step for step in ours if ours[step].num_cut == 0]
+    assert whole
+    for step in whole:
+        assert counts[step] == (16, ours[step].num_tokens)
+
+
+def test_every_rank_of_eight_gets_its_sixteenth(folder: Path) -> None:
+    share = open_steps(OURS, folder)[0]
+    assert share.num_documents == 128
+    assert 12 <= sum(len(batch.rows) for batch in share.micro_batches) <= 20
+
+
+def test_features_and_shards_take_the_pictures_place(folder: Path) -> None:
+    encoded, packed = (open_steps(name, folder)[0].micro_batches[0] for name in (OURS_FEATURES, OURS_SHARDS))
+    assert encoded.pixel_values is None
+    assert encoded.patch_features is not None
+    assert encoded.patch_features.shape[1:] == (576, 1024)
+    assert encoded.patch_features.dtype == torch.bfloat16
+    plain, tarred = (open_steps(name, folder).dataset for name in (OURS, OURS_SHARDS))
+    assert tarred.pictures.shards is not None
+    assert len(tarred.pictures.shards.files) > 1
+    for number in range(3):
+        ours, theirs = plain.load_picture(number), tarred.load_picture(number)
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
+    assert packed.pixel_values is not None
+
+
+def test_workers_are_counted() -> None:
+    """By hand: 16 rows in 4 s are 4 rows/s, half of what a process makes; 8 x 16 rows of 800 tokens in 4 s."""
+    assert count_workers(4.0, samples_per_s=8.0) == {
+        "step_s": 4.0,
+        "eaten_tokens_per_s": 25_600,
+        "workers_per_gpu": 0.5,
+        "busy_cores": 4.0,
+        "cores": 8,
+    }
+
+
+def test_goals_follow_from_the_medians() -> None:
+    goals = {goal["goal"]: (round(goal["value"], 4), goal["reached"]) for goal in list_goals(GIVEN)}
+    assert goals == {
+        "13B LoRA: loader workers that a GPU needs": (round(16 / 6.9 / 8, 4), True),
+        "7B LoRA: loader workers that a GPU needs": (round(16 / 3.7 / 8, 4), True),
+        "ours, the only rank: x the official way's samples/s": (1.2, True),
+        "seconds of opening again": (4.0, True),
+        "MB that a rank has alone": (1500.0, False),
+        "MB that a worker has alone": (200.0, True),
+    }
+    slow = GIVEN | {OURS: {"samples_per_s": 0.5}, OURS_ALONE: {"samples_per_s": 9.0}}
+    assert [goal["reached"] for goal in list_goals(slow)] == [False, False, False, True, False, True]
+
+
+def test_pictures_are_files_like_photos(tmp_path: Path) -> None:
+    picture = make_picture(640, 480, np.random.default_rng(1))
+    assert picture.size == (640, 480)
+    picture.save(tmp_path / "picture.jpg", quality=90)
+    assert 120_000 < (tmp_path / "picture.jpg").stat().st_size < 180_000
+
+
+def test_conversations_have_their_words() -> None:
+    generator = np.random.default_rng(2)
+    for has_image in (True, False):
+        turns = make_conversation(100, has_image, generator)
+        words = [turn["value"].removeprefix("<image>\n").split() for turn in turns]
+        assert sum(map(len, words)) == pytest.approx(100, abs=4)
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert [turn["value"].count("<image>") for turn in turns] == [int(has_image)] + [0] * (len(turns) - 1)
+
+
+def test_memory_that_is_filled_is_seen() -> None:
+    before = measure_memory()
+    filled = np.ones(50_000_000, dtype=np.uint8)
+    after = measure_memory()
+    for figure in ("private_bytes", "pss_bytes"):
+        assert after[figure] - before[figure] == pytest.approx(filled.nbytes, rel=0.2)
+
+
+@pytest.mark.parametrize("wrong", [["--rows", "3"], ["--tokenizer", "nowhere.model"]])
+def test_wrong_arguments_are_named(tmp_path: Path, wrong: list[str]) -> None:
+    ended = run_script(tmp_path, "eval/speed.py", "--suite", "data", *wrong)
+    assert ended.returncode == 2
+    assert "8 --rows, one a rank, and a file --tokenizer" in ended.stderr
