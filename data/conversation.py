@@ -280,7 +280,7 @@ def _name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def main() -> None:
-    from data.rows import load_rows  # which imports this module
+    from data.rows import RowFile  # which imports this module
 
     parser = argparse.ArgumentParser(description="Show the tokens of a row, and which of them are learned.")
     parser.add_argument("--show", type=Path, required=True, metavar="FILE", help="LLaVA's JSON, or JSONL")
@@ -291,7 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         tokenizer = Tokenizer(arguments.tokenizer)
-        rows = load_rows(arguments.show)
+        rows = RowFile(arguments.show)
         if not 0 <= arguments.row < len(rows):
             raise ValueError(f"{arguments.show} has rows 0 to {len(rows) - 1}, none is {arguments.row}")
         row = rows[arguments.row]

@@ -58,7 +58,6 @@ class RowFile:
     """Any row of a conversation file by its number, and what the index knows of all rows.
 
     Attributes:
-        num_turns: of every row; 0 where the row is flawed.
         image_turns: the turn that has the picture, NO_IMAGE where none has.
         flaws: what is wrong with rows that are no conversations, by number.
         images: the rows' pictures, None for text.
@@ -72,7 +71,7 @@ class RowFile:
         self.stamp = _stamp(os.stat(file))
         columns, flaws = _load_index(file, self.stamp) or _make_index(file, self.stamp)
         self.starts, self.ends = columns["starts"], columns["ends"]
-        self.num_turns, self.image_turns = columns["num_turns"], columns["image_turns"]
+        self.image_turns = columns["image_turns"]
         self.images = ImageNames(columns["names"], columns["name_ends"])
         self.flaws: dict[int, str] = {int(number): flaw for number, flaw in flaws.items()}
 
@@ -317,7 +316,7 @@ def _load_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str
     """Return the index, or None where there is none of this very file."""
     try:
         with safe_open(_index_file(file), framework="np") as opened:
-            about = opened.metadata()
+            about = opened.metadata() or {}
             if about.get("version") != INDEX_VERSION or about.get("stamp") != stamp:
                 return None
             return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(about["flaws"])  # noqa: SIM118
@@ -328,30 +327,28 @@ def _load_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str
 def _make_index(file: Path, stamp: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read and check every row; write down what is found, if the folder can be written."""
     starts, ends, name_ends = array("q"), array("q"), array("q")
-    num_turns, image_turns = array("i"), array("i")
+    image_turns = array("i")
     names = bytearray()
     flaws: dict[str, str] = {}
     for number, (start, end, row) in enumerate(_scan_rows(file)):
-        turns, image_turn, image = 0, NO_IMAGE, None
+        image_turn = NO_IMAGE
         try:
-            parsed = parse_turns(row)
+            turns = parse_turns(row)
             if "template" in row and row["template"] not in TEMPLATES:
                 raise ValueError(f"template {row['template']!r} is unknown, expected one of {', '.join(TEMPLATES)}")
-            turns, image = len(parsed), row.get("image")
-            image_turn = next((place for place, turn in enumerate(parsed) if turn.has_image), NO_IMAGE)
-            names += (image or "").encode("utf-8")
+            names += (row.get("image") or "").encode("utf-8")
+            image_turn = next((place for place, turn in enumerate(turns) if turn.has_image), NO_IMAGE)
         except ValueError as error:
             flaws[str(number)] = str(error)
-        for column, value in zip(
-            (starts, ends, name_ends, num_turns, image_turns), (start, end, len(names), turns, image_turn), strict=True
-        ):
-            column.append(value)
+        starts.append(start)
+        ends.append(end)
+        name_ends.append(len(names))
+        image_turns.append(image_turn)
     columns = {
         "starts": np.array(starts),
         "ends": np.array(ends),
         "names": np.frombuffer(bytes(names), dtype=np.uint8),
         "name_ends": np.array(name_ends),
-        "num_turns": np.array(num_turns),
         "image_turns": np.array(image_turns),
     }
     temporary = _index_file(file).with_name(f"{file.name}.index.{os.getpid()}.partial")

@@ -132,7 +132,6 @@ def test_any_row_by_its_number(tmp_path: Path, name: str, style: str) -> None:
             ROWS[number] for number in (7, 0, 19, *range(20))
         ]
         assert list(rows.images) == [row.get("image") for row in ROWS]
-        assert rows.num_turns.tolist() == [len(row["conversations"]) for row in ROWS]
         assert rows.image_turns.tolist() == [0 if "image" in row else NO_IMAGE for row in ROWS]
         assert rows.flaws == {}
     assert list(stream_rows(file)) == load_rows(file) == ROWS
