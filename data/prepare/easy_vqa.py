@@ -88,7 +88,9 @@ def _write(files: Mapping[str, list[dict]], source: Path, out: Path) -> None:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
             text = json.dumps(rows, indent=0, ensure_ascii=False)
-        (out / name).write_text(text, encoding="utf-8")
+        file = out / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:  # another run may be reading it
+            file.write_text(text, encoding="utf-8")
 
 
 def question_type(question: str) -> str:

@@ -200,6 +200,9 @@ def test_counts(easy_vqa_folder: Path) -> None:
 def test_the_same_bytes_each_time(easy_vqa_folder: Path, tmp_path: Path) -> None:
     """Numbers measured in one place hold in another: the command in a process of its own, with other hashes."""
     (tmp_path / "vqa_train.json").write_text("an earlier result", encoding="utf-8")
+    same = tmp_path / "test.jsonl"
+    same.write_bytes((easy_vqa_folder / "test.jsonl").read_bytes())
+    written = same.stat().st_mtime_ns
     done = subprocess.run(
         [sys.executable, "-m", "data.prepare", "easy_vqa", "--out", str(tmp_path)],
         cwd=ROOT,
@@ -211,6 +214,7 @@ def test_the_same_bytes_each_time(easy_vqa_folder: Path, tmp_path: Path) -> None
     assert done.stdout == "".join(f"{count:6d} rows  {tmp_path / name}\n" for name, count in COUNTS.items())
     for name in COUNTS:
         assert (tmp_path / name).read_bytes() == (easy_vqa_folder / name).read_bytes(), name
+    assert same.stat().st_mtime_ns == written, "a run that reads it would stop, finding it changed"
     for split in SPLITS:
         for file in list((SOURCE / split / "images").iterdir())[::50]:
             assert (tmp_path / "images" / split / file.name).read_bytes() == file.read_bytes()
