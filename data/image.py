@@ -23,6 +23,10 @@ from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# What each of a channel's 256 values becomes, (3, 256): rescaled in double precision and normalised in single, as
+# CLIPImageProcessor does, to the last bit. Looking a value up takes a tenth of the time of computing it.
+RESCALED = (np.arange(256) * (1 / 255)).astype(np.float32)
+NORMALISED = np.stack([(RESCALED - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD, strict=True)])
 PAD_COLOUR = tuple(int(channel * 255) for channel in MEAN)
 ASPECTS = ("pad", "square")
 # What the web and data sets hold. Pillow knows 40 more, one of which starts Ghostscript.
@@ -101,10 +105,10 @@ def preprocess_image(image: Image.Image, image_size: int, aspect: str = "pad") -
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     image = image.crop((left, top, left + image_size, top + image_size))
-    # Rescaled in double precision and normalised in single, as CLIPImageProcessor does, to the last bit.
-    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-    normalised = (scaled - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+    pixels = np.empty((3, image_size, image_size), dtype=np.float32)
+    for channel, values in enumerate(image.split()):
+        np.take(NORMALISED[channel], np.asarray(values), out=pixels[channel], mode="clip")
+    return torch.from_numpy(pixels)
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="of generate: tokens an answer has")
     parser.add_argument("--rows", type=int, help="of data: rows of the file that is opened; by default LLaVA's 665,298")
     tiny = ROOT / "data/tiny/tokenizer.model"
-    parser.add_argument("--tokenizer", type=Path, default=tiny, help="of data: a tokenizer.model; else the tiny model's")
+    parser.add_argument("--tokenizer", type=Path, default=tiny, help="of data: LLaMA's; else the tiny model's")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file the results are appended to")
     arguments = parser.parse_args()
     suites = arguments.suite.split(",")
