@@ -14,15 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = ROOT / "data/tiny/tokenizer.model"
 
 
-# Files that take minutes: with `-n`, started last they would leave the other process idle at the end.
-LONGEST = ("test_main_job.py", "test_faults.py", "test_ranks.py", "test_speed.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
-
 @pytest.fixture(scope="session")
 def easy_vqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared easy-VQA set; read only."""
