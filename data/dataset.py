@@ -154,10 +154,9 @@ class ConversationDataset:
 
 
 def _how_many(count: int) -> str:
-    """End a message about the first of `count` problems."""
-    if count == 1:
-        return ""
-    return f"; {count} in all: `python -m data.check` lists them, and bad_list leaves them out"
+    """End a message about the first of `count` problems: how to find and how to get around all of them."""
+    others = f"; {count} in all" if count > 1 else ""
+    return f"{others}: `python -m data.check` lists what cannot be used, and bad_list leaves it out"
 
 
 def _shift_and_mirror(pixels: Tensor, reach: int, random: np.random.Generator) -> Tensor:

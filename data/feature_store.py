@@ -282,11 +282,11 @@ def finish_store(
     hidden_size: int,
 ) -> dict[str, Any] | None:
     """Write index and manifest once all files are there. Return the manifest; None where another rank is not ready."""
-    files = [features_file(folder, shard) for shard in range(len(shards))]
-    files += [tokens_file(folder, shard) for shard in range(count_shards(num_rows, ROWS_PER_SHARD))]
+    of_pictures = [features_file(folder, shard) for shard in range(len(shards))]
+    files = of_pictures + [tokens_file(folder, shard) for shard in range(count_shards(num_rows, ROWS_PER_SHARD))]
     if not all(file.is_file() for file in files):
         return None
-    digests = [read_digests(file, names) for file, names in zip(files, shards, strict=False)]
+    digests = [read_digests(file, names) for file, names in zip(of_pictures, shards, strict=True)]
     all_digests = torch.cat([torch.empty(0, 32, dtype=torch.uint8), *digests])
     all_names = arrange_names([name for names in shards for name in names])
     write_tensors(folder / INDEX_FILE, {"names": all_names, "sha256": all_digests}, _mark())

@@ -95,7 +95,7 @@ def test_a_row_may_name_its_template(make_dataset: MakeDataset, tiny_tokenizer: 
     [
         (make_row("<image>\nq"), ValueError, "marker, the row has no 'image'"),
         (make_row("q", image="0.png"), ValueError, "has an 'image', its text has 0"),
-        (make_row("<image>\nq", image="nothing.png"), FileNotFoundError, "image .*nothing.png is missing"),
+        (make_row("<image>\nq", image="nothing.png"), FileNotFoundError, "image .*nothing.png is missing: .*bad_list"),
         (make_row("<image>\nq", image=""), ValueError, "'image' is '', expected one path"),
         (make_row("<image>\nq", image="../0.png"), ValueError, "'../0.png' leads out of the image folder"),
         (make_row("q", template="v0"), ValueError, "template 'v0' is unknown"),
