@@ -1,0 +1,1 @@
+"""Tests of the Chinese data set's steps."""
