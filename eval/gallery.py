@@ -21,7 +21,7 @@ QUESTIONS_PER_PICTURE = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what eval/main.py wrote, e.g. runs/tiny/eval/easy_vqa")
-    parser.add_argument("--data", type=Path, default=Path("runs/easy_vqa"), help="folder of the prepared data set")
+    parser.add_argument("--data", type=Path, default=Path("runs"), help="folder of the prepared data sets")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0, help="decides which pictures are shown")
     arguments = parser.parse_args()
@@ -49,7 +49,7 @@ def draw(predictions: list[dict], data: Path, out: Path, seed: int) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
-        axis.imshow(open_image(data / "images" / name))
+        axis.imshow(open_image(data / name))
         rows = random_order.sample(by_image[name], min(QUESTIONS_PER_PICTURE, len(by_image[name])))
         lines = []
         for row in rows:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.prepare import easy_vqa
+from data.prepare import easy_vqa, tiny_zh
 from model.config import CONFIGS
 from model.llava import Llava, initialize_weights
 from model.weights import save_llava
@@ -17,8 +17,16 @@ TINY_TOKENIZER = ROOT / "data/tiny/tokenizer.model"
 @pytest.fixture(scope="session")
 def easy_vqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared easy-VQA set; read only."""
-    folder = tmp_path_factory.mktemp("easy_vqa")
+    folder = tmp_path_factory.mktemp("sets") / "easy_vqa"
     easy_vqa.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_zh_folder(easy_vqa_folder: Path) -> Path:
+    """The prepared Chinese set, beside easy-VQA's; read only."""
+    folder = easy_vqa_folder.with_name("tiny_zh")
+    tiny_zh.prepare(easy_vqa_folder, folder)
     return folder
 
 

@@ -95,6 +95,7 @@ class TrainConfig:
     save_every: int = 0  # steps between checkpoints; 0 saves none on the way
     keep_checkpoints: int = 2  # newest ones kept
     tensorboard: bool = False  # the metrics as TensorBoard events, too
+    score: str = ""  # tasks of eval/main.py that are answered at the end, "tiny_zh,easy_vqa", and before it as well
     keep: bool = False  # take the result of an identical earlier run instead of training again
 
 
@@ -221,7 +222,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 # What may change between a run and its checkpoint: where and how fast, not what is learned.
 NOT_OF_THE_RESULT = {
     "parallel", "checkpoint_layers", "card_gib", "peak_tflops", "num_workers", "save_every", "keep_checkpoints",
-    "tensorboard", "keep",
+    "tensorboard", "score", "keep",
 }  # fmt: skip
 
 

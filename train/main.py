@@ -19,7 +19,7 @@ from typing import IO, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from data.prepare import easy_vqa  # noqa: E402
+from data.prepare import easy_vqa, tiny_zh  # noqa: E402
 from train.checkpoint import list_checkpoints  # noqa: E402
 from train.config import TrainConfig, format_config, is_same_result, load_configs  # noqa: E402
 from train.loop import StopRequest  # noqa: E402
@@ -27,7 +27,6 @@ from train.parallel import Ranks, is_loss_of_a_rank, leave_ranks, start_ranks  #
 from train.stage import run_stage  # noqa: E402
 
 RUNS = Path("runs")
-TINY_DATA = RUNS / "easy_vqa"
 TINY_STAGES = [ROOT / "train/configs" / f"tiny_{stage}.toml" for stage in ("vision", "language", "projector", "full")]
 
 
@@ -48,15 +47,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: setattr(stop_request, "is_set", True))
     try:
         if not files and ranks.is_first:
-            easy_vqa.prepare(TINY_DATA)
+            easy_vqa.prepare(RUNS / "easy_vqa")
+            tiny_zh.prepare(RUNS / "easy_vqa", RUNS / "tiny_zh")
         ranks.wait()
         is_finished = run_stages(configs, ranks, stop_request, is_profiled)
         ranks.wait()
     except Exception as error:
         fail(error, ranks)
     exit_code = 0
-    if is_finished and not files and ranks.is_first:
-        exit_code = answer_test_questions(*(RUNS / config.name / "final" for config in configs[-2:]))
+    if is_finished and ranks.is_first:
+        exit_code = answer_test_questions(configs)
     leave_ranks(exit_code)
 
 
@@ -147,10 +147,21 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
     (folder / "config.toml").write_text(format_config(config), encoding="utf-8")
 
 
-def answer_test_questions(before: Path, after: Path) -> int:
-    """Answer easy-VQA's test questions with both models by the command a reader would type; return its exit code."""
-    command = [sys.executable, str(ROOT / "eval/main.py"), "--task", "easy_vqa", "--data", str(TINY_DATA)]
-    command += ["--model-path", str(before), str(after)]
+def answer_test_questions(configs: Sequence[TrainConfig]) -> int:
+    """Have stages that are scored, and what they started from, answer test questions; return the exit code.
+
+    It is done by the command that a reader would type.
+    """
+    scored = [place for place, config in enumerate(configs) if config.score]
+    if not scored:
+        return 0
+    starts = [config.model or str(RUNS / configs[place - 1].name / "final") for place, config in enumerate(configs)]
+    folders = dict.fromkeys(path for path in (starts[place] for place in scored) if Path(path).is_dir())
+    command = [sys.executable, str(ROOT / "eval/main.py"), "--data", str(RUNS)]
+    command += ["--task", *dict.fromkeys(task for place in scored for task in configs[place].score.split(","))]
+    command += ["--model-path", *folders, *(str(RUNS / configs[place].name / "final") for place in scored)]
+    if adapted := [starts[place] for place in scored if configs[place].train == "lora"]:
+        command += ["--model-base", adapted[0]]
     ranks_of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")  # this is one process with all cores
     environment = {name: value for name, value in os.environ.items() if name not in ranks_of_torchrun}
     return subprocess.run(command, env=environment, check=False).returncode

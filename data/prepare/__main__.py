@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.prepare import coco, easy_vqa, flickr30k, llava, mix, visual_genome, vqav2
+from data.prepare import coco, easy_vqa, flickr30k, llava, mix, tiny_zh, visual_genome, vqav2
 from data.prepare.leaks import SPLITS, Leaks, LookAlikes
 from data.prepare.options import Options
 from data.prepare.report import Report
@@ -35,8 +35,11 @@ SOURCES = {
 def main() -> None:
     arguments = _parse_arguments()
     try:
-        if arguments.source == "easy_vqa":
-            for name, count in easy_vqa.prepare(arguments.out).items():
+        if arguments.source in ("easy_vqa", "tiny_zh"):
+            beside = arguments.out.parent / "easy_vqa"
+            is_first = arguments.source == "easy_vqa"
+            counts = easy_vqa.prepare(arguments.out) if is_first else tiny_zh.prepare(beside, arguments.out)
+            for name, count in counts.items():
                 print(f"{count:6d} rows  {arguments.out / name}")
             return
         if arguments.out.suffix not in {".json", ".jsonl"}:
@@ -109,8 +112,11 @@ def _describe_options(arguments: argparse.Namespace) -> dict[str, object]:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Write LLaVA conversation files.")
     sources = parser.add_subparsers(dest="source", required=True)
-    source = sources.add_parser("easy_vqa", help="the easy-VQA set, from its installed Python package")
-    source.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, text in (
+        ("easy_vqa", "the easy-VQA set, from its installed Python package"),
+        ("tiny_zh", "a small Chinese set, from `easy_vqa` beside it and drawings of installed packages"),
+    ):
+        sources.add_parser(name, help=text).add_argument("--out", type=Path, required=True, help="folder to write")
     for name, module in SOURCES.items():
         _add_options(_add_parser(sources, name, module))
     mixture = _add_parser(sources, "mix", mix)

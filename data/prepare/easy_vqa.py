@@ -8,17 +8,14 @@ The PyPI package `easy-vqa` carries pictures and questions. The tiny LLaVA is tr
     test.jsonl         the test questions, one a line: question_id, image, question, answer, type
     images/            the pictures
 
-These teach a trained one something more; some rows of `vqa_train.json` among theirs keep it from forgetting:
+These teach a trained one something more; rows of `vqa_train.json` in `choice_train.json` keep it from forgetting:
 
     choice_*           a kind of question that the others lack: "is the shape red or blue?"
     choice_test.jsonl  the same about test pictures
-    zh_*               `vqa_*` in Chinese, by rule
-    zh_test.jsonl      `test.jsonl` in Chinese
 
 `*` is `train` or `held_out`: 400 of the 4,000 training pictures are kept apart for choosing. The test pictures are
 in the test files alone.
 """
-# ruff: noqa: RUF001  Chinese has a comma and a question mark of its own
 
 import importlib.util
 import json
@@ -68,21 +65,19 @@ def prepare(out: Path) -> dict[str, int]:
     random_order = random.Random(1)  # another, so that neither kind of file changes with the other
     for split, pairs in splits.items():
         files[f"choice_{split}.json"] = list(_choice_rows(pairs, concepts, random_order))
-        files[f"zh_{split}.json"] = [_translate_row(row) for row in files[f"vqa_{split}.json"]]
-    for kind in ("choice", "zh"):
-        rows = files[f"{kind}_train.json"]
-        rows += random_order.sample(files["vqa_train.json"], round(REPLAYED * len(rows)))
+    rows = files["choice_train.json"]
+    rows += random_order.sample(files["vqa_train.json"], round(REPLAYED * len(rows)))
     choices = {image: _choice_turns(*concept, random_order) for image, concept in test_concepts.items()}
     files["choice_test.jsonl"] = [row | {"type": "choice"} for row in _test_rows(choices)]
-    files["zh_test.jsonl"] = [_translate_test_row(row) for row in files["test.jsonl"]]
-    _write(files, source, out)
+    write_rows(files, out)
+    for split in ("train", "test"):
+        shutil.copytree(source / split / "images", out / "images" / split, dirs_exist_ok=True)
     return {name: len(rows) for name, rows in files.items()}
 
 
-def _write(files: Mapping[str, list[dict]], source: Path, out: Path) -> None:
+def write_rows(files: Mapping[str, list[dict]], out: Path) -> None:
+    """Write files of rows into a folder, `.json` or `.jsonl`; one that is the same already stays untouched."""
     out.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        shutil.copytree(source / split / "images", out / "images" / split, dirs_exist_ok=True)
     for name, rows in files.items():
         if name.endswith(".jsonl"):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -212,10 +207,11 @@ def _choice_turns(colour: str, shape: str, random_order: random.Random) -> list[
 
 
 def _picture_row(kind: str, image: int, turns: Iterable[tuple[str, str]]) -> dict:
-    return {"id": f"{kind}-{image}", "image": f"train/{image}.png", "conversations": _ask_about_picture(turns)}
+    return {"id": f"{kind}-{image}", "image": f"train/{image}.png", "conversations": ask_about_picture(turns)}
 
 
-def _ask_about_picture(turns: Iterable[tuple[str, str]]) -> list[dict]:
+def ask_about_picture(turns: Iterable[tuple[str, str]]) -> list[dict]:
+    """Return the turns of questions and answers about one picture, which the first question shows."""
     (question, answer), *others = turns
     return _conversation([("<image>\n" + question, answer), *others])
 
@@ -238,63 +234,3 @@ def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict]:
         for question, answer in turns
         for speaker, text in (("human", question), ("gpt", answer))
     ]
-
-
-_CHINESE = {
-    "black": "黑色", "blue": "蓝色", "brown": "棕色", "gray": "灰色", "green": "绿色", "red": "红色", "teal": "青色",
-    "yellow": "黄色", "circle": "圆形", "rectangle": "长方形", "triangle": "三角形",
-}  # fmt: skip
-_CHINESE_NOUNS = {
-    "shape": "图形",
-    **{shape: _CHINESE[shape] for shape in SHAPES},
-    **{f"{colour} shape": f"{_CHINESE[colour]}的图形" for colour in COLOURS},
-}
-_CHINESE_ANSWERS = _CHINESE | {
-    f"a {colour} {shape}.": f"一个{_CHINESE[colour]}的{_CHINESE[shape]}。" for colour in COLOURS for shape in SHAPES
-}
-# With each wording, what "yes" and "no" are to it. Where English asks whether something is not there, Chinese says that
-# it is not and asks whether that is right: to 没有圆形吗 one could answer either way.
-_CHINESE_WORDINGS: dict[str, tuple[str, ...]] = {
-    "is there a {}?": ("有{}吗？", "有", "没有"),
-    "is there a {} in the image?": ("图中有{}吗？", "有", "没有"),
-    "is a {} present?": ("图片里有没有{}？", "有", "没有"),
-    "does the image contain a {}?": ("图片包含{}吗？", "包含", "不包含"),
-    "is there not a {}?": ("没有{}，对吗？", "对", "不对"),
-    "is there not a {} in the image?": ("图中没有{}，对吗？", "对", "不对"),
-    "is no {} present?": ("图片里没有{}，是吗？", "是的", "不是"),
-    "does the image not contain a {}?": ("图片不包含{}，对吗？", "对", "不对"),
-    "what color is the {}?": ("{}是什么颜色？",),
-    "what is the color of the {}?": ("{}的颜色是什么？",),
-    "what is the {}?": ("{}是什么形状？",),
-    "what shape does the image contain?": ("图片包含什么形状？",),
-    "what shape is in the image?": ("图中是什么形状？",),
-    "what shape is present?": ("图片里有什么形状？",),
-    "describe the image.": ("请描述这张图片。",),
-    "what do you see?": ("你看到了什么？",),
-    "write a caption.": ("请写一句说明。",),
-}
-_CHINESE_QUESTIONS = {
-    english.format(noun): (
-        chinese.format(chinese_noun),
-        _CHINESE_ANSWERS | dict(zip(("yes", "no"), yes_no, strict=False)),  # other questions have neither
-    )
-    for english, (chinese, *yes_no) in _CHINESE_WORDINGS.items()
-    for noun, chinese_noun in _CHINESE_NOUNS.items()
-}
-
-
-def translate(question: str, answer: str) -> tuple[str, str]:
-    """Return a question and its answer in Chinese."""
-    chinese, answers = _CHINESE_QUESTIONS[question]
-    return chinese, answers[answer]
-
-
-def _translate_row(row: dict) -> dict:
-    values = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
-    turns = [translate(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True)]
-    return row | {"id": row["id"].replace("vqa", "zh"), "conversations": _ask_about_picture(turns)}
-
-
-def _translate_test_row(row: dict) -> dict:
-    question, answer = translate(row["question"], row["answer"])
-    return row | {"question": question, "answer": answer}

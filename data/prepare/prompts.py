@@ -3,7 +3,6 @@
 The captions and short answers of COCO, Flickr30k, Visual Genome and VQA-v2 are English, so the Chinese prompts ask for
 an English sentence, or an English word.
 """
-# ruff: noqa: RUF001  Chinese has a comma, a colon and a question mark of its own
 
 from collections.abc import Iterable
 

@@ -1,5 +1,4 @@
 """easy-VQA: the rule that derives captions from answers, checked against all answers and against the pictures."""
-# ruff: noqa: RUF001  Chinese has a comma and a question mark of its own
 
 import json
 import os
@@ -24,7 +23,6 @@ from data.prepare.easy_vqa import (
     find_concept,
     prepare,
     question_type,
-    translate,
 )
 from data.rows import load_rows
 from tests.conftest import ROOT
@@ -40,11 +38,8 @@ COUNTS = {  # rows of each file, in the order in which they are reported
     "vqa_held_out.json": 400,
     "test.jsonl": 9673,
     "choice_train.json": 4182,
-    "zh_train.json": 4680,
     "choice_held_out.json": 361,
-    "zh_held_out.json": 400,
     "choice_test.jsonl": 3552,
-    "zh_test.jsonl": 9673,
 }
 
 Pairs = list[tuple[str, str]]
@@ -228,13 +223,11 @@ def test_splits_do_not_touch(easy_vqa_folder: Path, questions: Mapping[str, dict
     assert train.keys() | held_out.keys() == all_images
     assert not train.keys() & held_out.keys()
     for split, rows in (("train", train), ("held_out", held_out)):
-        captions, choices, chinese = (
-            load_split(easy_vqa_folder, kind, split).keys() for kind in ("captions", "choice", "zh")
-        )
-        assert choices == captions < rows.keys() == chinese
+        captions, choices = (load_split(easy_vqa_folder, kind, split).keys() for kind in ("captions", "choice"))
+        assert choices == captions < rows.keys()
     for name in ("text_train.json", "text_held_out.json"):
         assert not any("image" in row for row in load_rows(easy_vqa_folder / name))
-    for name in ("test.jsonl", "choice_test.jsonl", "zh_test.jsonl"):
+    for name in ("test.jsonl", "choice_test.jsonl"):
         assert all(row["image"].startswith("test/") for row in load_rows(easy_vqa_folder / name))
     contents = [{file.read_bytes() for file in (easy_vqa_folder / "images" / split).iterdir()} for split in SPLITS]
     assert not contents[0] & contents[1]
@@ -274,16 +267,15 @@ def test_test_rows_are_the_packages(easy_vqa_folder: Path, questions: Mapping[st
     assert found == questions["test"]
 
 
-@pytest.mark.parametrize("kind", ["choice", "zh"])
-def test_what_teaches_something_new_replays_the_old(easy_vqa_folder: Path, kind: str) -> None:
+def test_what_teaches_something_new_replays_the_old(easy_vqa_folder: Path) -> None:
     """Three rows of the ordinary training file for each ten new ones, no row twice; when choosing, new ones only."""
-    rows = load_rows(easy_vqa_folder / f"{kind}_train.json")
-    replayed = [row for row in rows if not row["id"].startswith(kind)]
+    rows = load_rows(easy_vqa_folder / "choice_train.json")
+    replayed = [row for row in rows if not row["id"].startswith("choice")]
     ordinary = load_split(easy_vqa_folder, "vqa", "train")
     assert len(replayed) == round(0.3 * (len(rows) - len(replayed)))
     assert len({row["id"] for row in replayed}) == len(replayed)
     assert all(row == ordinary[row["image"]] for row in replayed)
-    assert all(row["id"].startswith(kind) for row in load_rows(easy_vqa_folder / f"{kind}_held_out.json"))
+    assert all(row["id"].startswith("choice") for row in load_rows(easy_vqa_folder / "choice_held_out.json"))
 
 
 def test_choices(easy_vqa_folder: Path, questions: Mapping[str, dict[int, Pairs]]) -> None:
@@ -310,63 +302,6 @@ def test_choices(easy_vqa_folder: Path, questions: Mapping[str, dict[int, Pairs]
     assert not any(
         " or " in question for split in SPLITS for pairs in questions[split].values() for question, _ in pairs
     )
-
-
-CHINESE = {
-    "black": "黑色", "blue": "蓝色", "brown": "棕色", "gray": "灰色", "green": "绿色", "red": "红色", "teal": "青色",
-    "yellow": "黄色", "circle": "圆形", "rectangle": "长方形", "triangle": "三角形",
-}  # fmt: skip
-
-
-def answer_in_chinese(question: str, colour: str, shape: str) -> str:
-    """Answer a Chinese question by its own words alone."""
-    colour, shape = CHINESE[colour], CHINESE[shape]
-    if "吗" not in question and "有没有" not in question:
-        return colour if "颜色" in question else shape
-    is_present = colour in question or shape in question
-    if question.endswith(("，对吗？", "，是吗？")):
-        assert "没有" in question or "不包含" in question
-        return {"对": ("对", "不对"), "是": ("是的", "不是")}[question[-3]][is_present]
-    if "包含" in question:
-        return "包含" if is_present else "不包含"
-    return "有" if is_present else "没有"
-
-
-def test_chinese_says_what_english_says(easy_vqa_folder: Path, questions: Mapping[str, dict[int, Pairs]]) -> None:
-    """Row by row and turn by turn; every answer follows from the Chinese question and the picture."""
-    english_of: dict[str, set[str]] = {}
-    for split in ("train", "held_out"):
-        english = load_split(easy_vqa_folder, "vqa", split)
-        for image, row in load_split(easy_vqa_folder, "zh", split).items():
-            assert list_pairs(row) == [translate(*pair) for pair in list_pairs(english[image])]
-            assert len(parse_turns(row)) == len(english[image]["conversations"])
-    rows = zip(load_rows(easy_vqa_folder / "zh_test.jsonl"), load_rows(easy_vqa_folder / "test.jsonl"), strict=True)
-    for row, original in rows:
-        concept = fit(questions["test"][int(Path(row["image"]).stem)])[0]
-        assert row["answer"] == answer_in_chinese(row["question"], *concept), row
-        assert row == original | {"question": row["question"], "answer": row["answer"]}
-        assert not any(character.isascii() for character in row["question"] + row["answer"])
-        english_of.setdefault(row["question"], set()).add(original["question"])
-    assert len(english_of) == 107
-    assert all(len(wordings) == 1 for wordings in english_of.values())
-
-
-@pytest.mark.parametrize(
-    ("english", "chinese"),
-    [
-        (("is there a circle?", "yes"), ("有圆形吗？", "有")),
-        (("is a red shape present?", "no"), ("图片里有没有红色的图形？", "没有")),
-        (("does the image contain a teal shape?", "no"), ("图片包含青色的图形吗？", "不包含")),
-        (("is there not a circle in the image?", "no"), ("图中没有圆形，对吗？", "不对")),
-        (("is no triangle present?", "yes"), ("图片里没有三角形，是吗？", "是的")),
-        (("what is the gray shape?", "rectangle"), ("灰色的图形是什么形状？", "长方形")),
-        (("what color is the shape?", "brown"), ("图形是什么颜色？", "棕色")),
-        (("describe the image.", "a red circle."), ("请描述这张图片。", "一个红色的圆形。")),
-    ],
-)
-def test_translations(english: tuple[str, str], chinese: tuple[str, str]) -> None:
-    """To "there is none, right?" 对 and 是的 say that there is none."""
-    assert translate(*english) == chinese
 
 
 def test_text_rows_answer_what_their_words_say(easy_vqa_folder: Path) -> None:

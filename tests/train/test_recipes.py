@@ -38,6 +38,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
     "lora": LORA | STAGE_2 | {"bits": 16},
     "qlora": LORA | STAGE_2 | {"bits": 4},
     "task_lora": LORA | STAGE_2 | {"bits": 16},
+    "zh_lora": LORA | STAGE_2 | {"bits": 16, "epochs": 3},
 }  # fmt: skip
 STARTS = {
     "pretrain": ("lmsys/vicuna-{}-v1.5", "openai/clip-vit-large-patch14-336"),
@@ -45,6 +46,7 @@ STARTS = {
     "lora": ("runs/llava-{}-pretrain/final", ""),
     "qlora": ("runs/llava-{}-pretrain/final", ""),
     "task_lora": ("liuhaotian/llava-v1.5-{}", ""),
+    "zh_lora": ("liuhaotian/llava-v1.5-{}", ""),
 }
 
 
@@ -107,12 +109,12 @@ def test_schedules_are_the_official_ones(size: str) -> None:
     assert config.learning_rate * schedule(22, num_steps, config.warmup_ratio) == pytest.approx(2.8205e-6, rel=1e-4)
 
 
-def test_tiny_recipes_cut_nothing(easy_vqa_folder: Path) -> None:
+def test_tiny_recipes_cut_nothing(tiny_zh_folder: Path) -> None:
     """A row longer than max_tokens would lose its last questions, and nobody would see it."""
     tokenizer = Tokenizer(TINY_TOKENIZER)
     for file in CONFIG_FOLDER.glob("tiny_*.toml"):
         (config,) = load_configs([file])
-        for row in load_rows(easy_vqa_folder / Path(config.data).name)[::5]:
+        for row in load_rows(tiny_zh_folder.parent / Path(config.data).relative_to("runs"))[::5]:
             template = row.get("template", config.template)
             rendered = render_conversation(parse_turns(row), tokenizer, 64, template, config.branched)
             assert len(rendered) <= config.max_tokens, (file, row["id"])

@@ -1,5 +1,4 @@
 """What is asked, and how captions are mended."""
-# ruff: noqa: RUF001  Chinese has a comma and a question mark of its own
 
 import re
 
