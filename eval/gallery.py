@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from data.fonts import find_chinese_font  # noqa: E402
 from data.image import open_image  # noqa: E402
 from data.rows import load_rows  # noqa: E402
 
@@ -38,6 +39,11 @@ def draw(predictions: list[dict], data: Path, out: Path, seed: int) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    if font := find_chinese_font():
+        plt.rcParams["font.family"] = ["DejaVu Sans", font]
+    elif not all((row["question"] + row["prediction"] + row["answer"]).isascii() for row in predictions):
+        raise ValueError("no font with Chinese characters is installed: apt install fonts-noto-cjk")
 
     by_image: dict[str, list[dict]] = {}
     for row in predictions:
