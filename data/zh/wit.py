@@ -48,15 +48,13 @@ def list_files(place: Path) -> list[Path]:
     return files
 
 
-def choose_page(features: dict[str, list[Any]]) -> dict[str, Any] | None:
-    """Return the columns' values for one Chinese page, or None; columns hold a value for each page."""
-    languages = features.get("language") or []
-    chinese = [number for number, language in enumerate(languages) if language in LANGUAGES]
-    if not chinese:
-        return None
-    main = features.get("is_main_image") or [False] * len(languages)
-    chosen = max(chinese, key=lambda number: bool(main[number]))  # the first of the best
-    return {name: values[chosen] for name, values in features.items() if values}
+def choose_page(features: dict[str, list[Any]] | list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return one Chinese page of a picture, or None. Files hold a list for each column, or for each page a row."""
+    if isinstance(features, dict):
+        columns = {name: values for name, values in features.items() if values}
+        features = [dict(zip(columns, page, strict=True)) for page in zip(*columns.values(), strict=True)]
+    chinese = [page for page in features if page.get("language") in LANGUAGES]
+    return max(chinese, key=lambda page: bool(page.get("is_main_image")), default=None)  # the first of the best
 
 
 def judge(row: dict[str, Any], page: dict[str, Any] | None) -> str:

@@ -127,19 +127,23 @@ def make_page(language: str = "zh", **values: Any) -> dict[str, Any]:
     } | values
 
 
-def write_wit(file: Path, *rows: tuple[str, bytes | None, list[dict[str, Any]]]) -> None:
-    """Write a file as the Hub has them: the pages of a picture lie in columns of lists."""
-    columns = {
+def write_wit(file: Path, *rows: tuple[str, bytes | None, list[dict[str, Any]]], in_columns: bool = True) -> None:
+    """Write a file as the Hub has them: the pages of a picture lie in columns of lists, or as rows."""
+    columns: dict[str, list[Any]] = {
         "image": [{"bytes": content, "path": None} for _, content, _ in rows],
         "image_url": [url for url, _, _ in rows],
         "embedding": [[0.5] * 8 for _ in rows],
         "mime_type": ["image/jpeg" for _ in rows],
-        "wit_features": [{name: [page[name] for page in pages] for name in make_page()} for _, _, pages in rows],
+        "wit_features": [
+            {name: [page[name] for page in pages] for name in make_page()} if in_columns else pages
+            for _, _, pages in rows
+        ],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=3)
 
 
-def test_wit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_columns", [True, False])
+def test_wit(tmp_path: Path, in_columns: bool) -> None:
     """The Chinese page is taken where the picture is the main one; caption and section come before the beginning."""
     main = make_page(page_title="主頁", is_main_image=True, caption_reference_description="塔的照片。")
     section = make_page(section_title="歷史", context_section_description=f"清朝{TEXT}")
@@ -153,6 +157,7 @@ def test_wit(tmp_path: Path) -> None:
         (f"{COMMONS}/a/ab/F.jpg", b"<html>", [make_page("zh-TW")]),
         (f"{COMMONS}/a/ab/G.jpg", make_picture(7), [make_page(context_page_description=None)]),
         (f"{COMMONS}/a/ab/H.jpg", make_picture(8), [make_page(page_title=None)]),
+        in_columns=in_columns,
     )
     report = run(CollectSettings(source="wit", wit=str(tmp_path)), tmp_path / "work")
     first, second = read_records(tmp_path / "work")
