@@ -16,7 +16,6 @@ marks of Markdown and invisible characters go: such dialogues are counted as men
 COCO's ids, which keep evaluation pictures out of other sources, say nothing about these pictures: only looks do.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -39,7 +38,7 @@ from data.tokenizer import Tokenizer
 from data.zh.filters import QUOTED, Dialogue, Limits, find_fault, make_filters, squeeze
 from data.zh.kinds import load_kinds
 from data.zh.near import Fault, find_like_pictures, find_text_faults, load_questions
-from data.zh.options import add_options, from_arguments, setting
+from data.zh.options import run_command, setting
 from data.zh.record import DIALOGUES, Record, Reply, as_row, read_records, read_replies
 from data.zh.second_look import Judge, Verdict, choose_share, look_again
 from data.zh.text import clean_text, to_simplified
@@ -319,18 +318,7 @@ def describe_options(settings: CleanSettings) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.zh.clean", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="the work folder")
-    add_options(parser, CleanSettings)
-    arguments = parser.parse_args()
-    try:
-        run(from_arguments(CleanSettings, arguments), arguments.work)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command starts again, and pays for no verdict twice")
+    run_command("clean", str(__doc__), CleanSettings, run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Writes `images/`, `records.jsonl`, `ATTRIBUTION.jsonl` and `collect.report.json`
 at any time: the same command goes on, asking for nothing twice; other settings use what is there already.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from data.prepare.report import Report
 from data.zh import folder, wikipedia, wit
 from data.zh.mediawiki import MediaWiki, check_user_agent
-from data.zh.options import add_options, from_arguments, setting
+from data.zh.options import run_command, setting
 from data.zh.record import ATTRIBUTION, RECORDS, Record, as_row
 from data.zh.store import Found, Store
 from data.zh.text import clean_text, han_ratio, is_instruction, remove_instructions, split_sentences, to_simplified
@@ -214,18 +213,7 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.zh.collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="the work folder")
-    add_options(parser, CollectSettings)
-    arguments = parser.parse_args()
-    try:
-        run(from_arguments(CollectSettings, arguments), arguments.work)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on where this one stopped")
+    run_command("collect", str(__doc__), CollectSettings, run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ token for each byte of the longest text, what pictures take at most (`IMAGE_TOKE
 relies on the endpoint to keep to --max-tokens; a reply that cost more than the bound stops the run.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -25,7 +24,7 @@ from data.zh.answer import TOKENS
 from data.zh.batch_results import import_results
 from data.zh.kinds import Prompts, load_prompts
 from data.zh.ledger import LOST, Job, Ledger, Usage, make_jobs
-from data.zh.options import add_options, from_arguments, setting
+from data.zh.options import run_command, setting
 from data.zh.prompt import bound_bytes, encode_picture, make_body, make_messages
 from data.zh.record import read_records
 
@@ -77,20 +76,7 @@ class GenerateSettings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.zh.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    add_options(parser, GenerateSettings)
-    arguments = parser.parse_args()
-    try:
-        run(from_arguments(GenerateSettings, arguments), arguments.work)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on where this one stopped")
+    run_command("generate", str(__doc__), GenerateSettings, run)
 
 
 def run(settings: GenerateSettings, work: Path) -> dict[str, Any]:

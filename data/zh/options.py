@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -16,6 +18,25 @@ NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """Return a dataclass's field with a default (of type str, int, float, bool or tuple) and its line of help."""
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def run_command(step: str, text: str, settings: type, run: Callable[[Any, Path], Any]) -> None:
+    """Do a step in the folder and with the settings that the command line says; a user's mistake ends with exit code 1.
+
+    Args:
+        text: what `--help` says.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m data.zh.{step}", description=text, formatter_class=layout)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    add_options(parser, settings)
+    arguments = parser.parse_args()
+    try:
+        run(from_arguments(settings, arguments), arguments.work)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on where this one stopped")
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:

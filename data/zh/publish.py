@@ -12,13 +12,11 @@ Pictures of one page, and pages with one picture, are in one split. A group's sp
 stays where it is when others come. English rows are mixed in later: `python -m data.prepare mix`.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from data.tokenizer import Tokenizer
 from data.zh import card, describe
 from data.zh.collect import attribute
 from data.zh.describe import SHORT_KINDS, SPLITS, Entry
-from data.zh.options import add_options, from_arguments, setting
+from data.zh.options import run_command, setting
 from data.zh.record import ATTRIBUTION, DIALOGUES, RECORDS, Record, Reply, read_records, read_replies
 
 PUBLISHED = "published"
@@ -270,16 +268,7 @@ def _print(report: dict[str, Any], published: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.zh.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="the work folder")
-    add_options(parser, PublishSettings)
-    arguments = parser.parse_args()
-    try:
-        run(from_arguments(PublishSettings, arguments), arguments.work)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command("publish", str(__doc__), PublishSettings, run)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    write_work(tmp_path / "work", num_pictures=60)
+    write_work(tmp_path / "work", num_pictures=100)
     (tmp_path / "work" / REPLIES).unlink()
     return tmp_path / "work"
 
