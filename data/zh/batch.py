@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.zh.generate import GenerateSettings, bind_body, bound_cost, run, select, sum_costs
+from data.zh.generate import NO_PRICES, GenerateSettings, bind_body, bound_cost, run, select, sum_costs
 from data.zh.kinds import Prompts, load_prompts
 from data.zh.ledger import Job, Ledger, Usage, make_jobs
 from data.zh.options import add_options, from_arguments
@@ -79,7 +79,8 @@ def export_requests(
             files[-1].write_bytes(b"".join(lines))
             num_requests += len(lines)
             print(f"  {files[-1]}: {len(lines)} requests, {files[-1].stat().st_size:,} bytes")
-    print(f"{num_requests} of {num_open} open requests; together they cost {num_requests * bound:.4f} at most")
+    costs = f"together they cost {num_requests * bound:.4f} at most" if bound else NO_PRICES
+    print(f"{num_requests} of {num_open} open requests; {costs}")
     if len(pending) < num_open:
         print(f"--max-cost {settings.max_cost:g} keeps {num_open - len(pending)} back")
     return files

@@ -33,6 +33,7 @@ REPORT = "generate.report.json"
 # for eight tiles where it sees more.
 IMAGE_TOKENS = {"low": 4_000, "high": 50_000, "auto": 50_000}
 SHOWN_IMAGE_CHARACTERS = 48
+NO_PRICES = "no price_input and price_output were given: costs are unknown, and count as 0"
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def print_requests(jobs: list[Job], settings: GenerateSettings, prompts: Prompts
         shown = f"{image[:SHOWN_IMAGE_CHARACTERS]}... ({len(image)} characters)"
         messages = make_messages(job.record, prompts.kinds[job.kind], prompts, shown, settings.detail)
         print(json.dumps({"key": job.key, "body": make(messages)}, ensure_ascii=False, indent=1))
-    print(f"{len(jobs)} requests; a request costs {bound_cost(settings, prompts):.6f} at most", file=sys.stderr)
+    bound = bound_cost(settings, prompts)
+    print(f"{len(jobs)} requests; {f'a request costs {bound:.6f} at most' if bound else NO_PRICES}", file=sys.stderr)
 
 
 def print_extrapolation(jobs: list[Job], every: list[Job], ledger: Ledger) -> None:
@@ -214,6 +216,8 @@ def report(
                 print(f"  {name:20}{count:14d}  {one}")
         elif name not in ("model", "prompt_version", "batch"):
             print(f"  {name:20}{value!s:>14}")
+    if not (settings.price_input or settings.price_output):
+        print(f"  {NO_PRICES}")
     return content
 
 

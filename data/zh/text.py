@@ -116,11 +116,6 @@ def to_simplified(text: str) -> str:
     return _load_converter().convert(text)
 
 
-def count_traditional(text: str) -> int:
-    """Return how many characters `to_simplified` would change."""
-    return sum(old != new for old, new in zip(text, to_simplified(text), strict=False))
-
-
 @cache
 def _load_converter() -> Any:
     try:

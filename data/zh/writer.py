@@ -132,7 +132,8 @@ class Writer:
     def _show(self, is_last: bool = False) -> None:
         """Show where this is: in place on a terminal, else by a line now and then."""
         total = self.ledger.total
-        text = f"{self.num_failed} failed, {total.input_tokens + total.output_tokens:,} tokens, cost {total.cost:.4f}"
+        cost = f"{total.cost:.4f}" if self.endpoint.budget.bound else "unknown"
+        text = f"{self.num_failed} failed, {total.input_tokens + total.output_tokens:,} tokens, cost {cost}"
         self.bar.n = self.num_written + self.num_failed
         self.bar.set_postfix_str(text)
         if self.bar.disable and (is_last or time.monotonic() - self.shown > SECONDS_BETWEEN_LINES):

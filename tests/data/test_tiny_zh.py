@@ -110,7 +110,7 @@ def check_thing(pairs: dict[str, str], shown: str) -> None:
             assert NAMES[answer] == shown
         else:
             assert answer == ("有" if NAMES[max(asked, key=len)] == shown else "没有"), question
-    assert sorted(pairs.values())[-2:] == ["没有", "有"] or {"有", "没有"} <= set(pairs.values())
+    assert {"有", "没有"} <= set(pairs.values())
 
 
 def test_drawings_show_their_thing(tiny_zh_folder: Path) -> None:
@@ -167,7 +167,7 @@ def test_chinese_says_what_english_says(easy_vqa_folder: Path, tiny_zh_folder: P
     for original in originals:
         asked.setdefault(original["image"], []).append((original["question"], original["answer"]))
     english_of: dict[str, set[str]] = {}
-    for row, original in zip(load_rows(tiny_zh_folder / "test.jsonl"), originals, strict=False):
+    for row, original in zip(load_rows(tiny_zh_folder / "test.jsonl")[: len(originals)], originals, strict=True):
         if concept := find_concept(asked[original["image"]]):
             assert row["answer"] == answer_in_chinese(row["question"], *concept), row
         changed = {

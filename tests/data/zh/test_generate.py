@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data.zh.endpoint import MAX_RETRIES
-from data.zh.generate import GenerateSettings, main, run
+from data.zh.generate import NO_PRICES, GenerateSettings, main, run
 from data.zh.kinds import load_prompts
 from data.zh.ledger import Ledger
 from data.zh.record import REPLIES, read_records, read_replies
@@ -283,6 +283,8 @@ def test_dry_run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "characters)" in shown.out
     assert len(shown.out) < 30_000
     assert shown.err.startswith("6 requests; a request costs 0.0")
+    run(make_settings(dry_run=True, pilot=2, price_input=0.0, price_output=0.0), work)
+    assert capsys.readouterr().err == f"6 requests; {NO_PRICES}\n"
     assert (work / REPLIES).read_bytes() == b""
 
 

@@ -21,7 +21,7 @@ from data.zh.prompt import (
     make_key,
     make_messages,
 )
-from data.zh.text import count_traditional, is_instruction
+from data.zh.text import is_instruction, to_simplified
 from tests.data.zh.openai_server import GOOD, read_text
 from tests.data.zh.work_folder import write_picture
 
@@ -37,11 +37,12 @@ def test_prompts() -> None:
     prompts = load_prompts()
     assert tuple(load_kinds()) == KINDS
     for kind in prompts.kinds.values():
-        assert count_traditional(kind.prompt) == 0
+        assert to_simplified(kind.prompt) == kind.prompt
         assert not is_instruction(kind.prompt)
         for number in kind.turns:
             assert "一两三四五"[number - 1] in kind.prompt
-    assert count_traditional(prompts.system + prompts.request + prompts.again) == 0
+    others = prompts.system + prompts.request + prompts.again
+    assert to_simplified(others) == others
 
 
 @pytest.mark.parametrize("kind", KINDS)

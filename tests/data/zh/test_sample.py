@@ -15,7 +15,7 @@ from data.dataset import ConversationDataset, RenderOptions
 from data.tokenizer import Tokenizer
 from data.zh.build import build, load_config
 from data.zh.record import DIALOGUES, Record, read_journal, read_records, read_replies
-from data.zh.text import count_traditional
+from data.zh.text import to_simplified
 from tests.conftest import ROOT, TINY_TOKENIZER
 
 SAMPLE = ROOT / "data/zh/sample"
@@ -131,7 +131,7 @@ def test_texts_are_plain_and_simplified(work: Path, names: dict[str, str]) -> No
     assert "一杯茶" not in coffee.text
     assert coffee.text.endswith("也是卡布奇诺、拿铁等饮品的基底。")
     for record in read_records(work):
-        assert count_traditional(record.title + record.text) == 0
+        assert to_simplified(record.title + record.text) == record.title + record.text
     dialogues = {f"{names[reply.sha256]} {reply.kind}": reply.turns for reply in read_replies(work, DIALOGUES)}
     ((question, answer),) = dialogues["retina.jpg description"]
     assert question == "请描述这张眼底照片。"
