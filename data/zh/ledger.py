@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from data.journal import Journal, read_journal
 from data.zh.kinds import Prompts
 from data.zh.prompt import choose_kinds, make_key
-from data.zh.record import REPLIES, Journal, Record, Reply, as_row, parse_row, read_journal
+from data.zh.record import REPLIES, Record, Reply, as_row, parse_row
 
 FAILED = "failed.jsonl"
 # Rows of failed.jsonl that hold a cost but settle nothing: the next run asks again.

@@ -7,20 +7,16 @@ A step reads the files of the step before it in one work folder, and appends to 
     replies.jsonl      a `Reply` a line: what a model wrote about a record (generate)
     dialogues.jsonl    the replies that are good enough (clean)
 
-A journal's line is whole or it is the last one: killing a step anywhere loses at most what it was about to write.
+These are journals (`data/journal.py`): killing a step anywhere loses at most what it was about to write.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import json
-import os
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
+
+from data.journal import read_journal
 
 Row = TypeVar("Row", "Record", "Reply")
 
@@ -67,55 +63,6 @@ class Reply:
     def key(self) -> str:
         """What is never paid for twice."""
         return f"{self.sha256}:{self.kind}:{self.prompt_version}:{self.model}"
-
-
-class Journal:
-    """A file of JSON lines that one process appends to, each line on the disk before `append` returns.
-
-    Opening it cuts off a torn last line. Raises: ValueError while another process has it.
-    """
-
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.file = file
-        self.opened = file.open("a+b")
-        try:
-            fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.opened.close()
-            raise ValueError(f"another process writes {file}: wait for it, or stop it") from error
-        self.opened.seek(0)
-        content = self.opened.read()
-        self.opened.truncate(content.rfind(b"\n") + 1)
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.opened.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.opened.flush()
-        os.fsync(self.opened.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.opened.close()
-
-
-def read_journal(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield a journal's rows; none where it does not exist yet. A torn last line is left out.
-
-    Raises: ValueError naming file and line for any other line that is no JSON object.
-    """
-    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
-        for number, line in enumerate(opened, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is no JSON object")
-            yield row
 
 
 def read_records(work: Path) -> list[Record]:

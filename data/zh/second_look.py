@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from data.journal import Journal, read_journal
 from data.zh.answer import TOKENS, Answer
 from data.zh.generate import IMAGE_TOKENS
 from data.zh.kinds import FENCE, QUOTED_CHARACTERS, BadReplyError
 from data.zh.ledger import Usage
 from data.zh.prompt import FRAME_BYTES, MARKERS, MAX_TEXT_CHARACTERS, encode_picture
-from data.zh.record import Journal, Record, Reply, read_journal
+from data.zh.record import Record, Reply
 
 if TYPE_CHECKING:
     from data.zh.endpoint import Endpoint

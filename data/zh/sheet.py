@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from data.image import open_image
-from data.zh.record import DIALOGUES, Record, Reply, parse_row, read_journal, read_records, read_replies
+from data.journal import read_journal
+from data.zh.record import DIALOGUES, Record, Reply, parse_row, read_records, read_replies
 
 SHEET = "sheet.json"
 DROPPED = "dropped.jsonl"

@@ -20,7 +20,8 @@ from typing import Any, Self
 from PIL import Image, ImageSequence
 
 from data.image import FORMATS, open_image
-from data.zh.record import Journal, Record, read_journal
+from data.journal import Journal, read_journal
+from data.zh.record import Record
 
 JOURNAL = "collect.journal.jsonl"
 MIN_SIDE = 100  # pixels; smaller are icons, flags and buttons

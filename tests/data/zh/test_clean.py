@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data.journal import read_journal
 from data.tokenizer import Tokenizer, find_tokenizer
 from data.zh.clean import DROPPED, CleanSettings, run, simplify
 from data.zh.near import find_like_pictures, find_like_texts, find_text_faults, load_questions
 from data.zh.options import make_settings
-from data.zh.record import DIALOGUES, RECORDS, REPLIES, Record, Reply, read_journal, read_replies
+from data.zh.record import DIALOGUES, RECORDS, REPLIES, Record, Reply, read_replies
 from tests.data.test_similar import make_scene
 from tests.data.zh.openai_server import GOOD
 from tests.data.zh.work_folder import make_reply, write_rows

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from data.journal import read_journal
 from data.zh.generate import GenerateSettings, bind_body
 from data.zh.kinds import load_prompts
 from data.zh.ledger import make_jobs
 from data.zh.prompt import encode_picture, make_messages
-from data.zh.record import REPLIES, read_journal, read_records, read_replies
+from data.zh.record import REPLIES, read_records, read_replies
 from tests.conftest import ROOT
 from tests.data.zh.openai_server import KEY, OpenAIServer, name_request
 from tests.data.zh.work_folder import write_work

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from data.dataset import ConversationDataset, RenderOptions
+from data.journal import read_journal
 from data.tokenizer import Tokenizer
 from data.zh.build import build, load_config
-from data.zh.record import DIALOGUES, Record, read_journal, read_records, read_replies
+from data.zh.record import DIALOGUES, Record, read_records, read_replies
 from data.zh.text import to_simplified
 from tests.conftest import ROOT, TINY_TOKENIZER
 

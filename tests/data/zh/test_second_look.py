@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from data.journal import read_journal
 from data.zh.clean import DROPPED, CleanSettings, run
 from data.zh.options import make_settings
-from data.zh.record import DIALOGUES, RECORDS, REPLIES, Reply, read_journal, read_records, read_replies
+from data.zh.record import DIALOGUES, RECORDS, REPLIES, Reply, read_records, read_replies
 from data.zh.second_look import LOOKS, Judge, choose_share, load_prompts, look_again, make_look
 from tests.data.test_similar import make_scene
 from tests.data.zh import openai_server
