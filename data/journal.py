@@ -34,11 +34,14 @@ class Journal:
         self.opened.flush()
         os.fsync(self.opened.fileno())
 
+    def close(self) -> None:
+        self.opened.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.opened.close()
+        self.close()
 
 
 def read_journal(file: Path) -> Iterator[dict[str, Any]]:

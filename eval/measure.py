@@ -1,10 +1,8 @@
 """What the suites of `eval/speed.py` share: new processes, clocks, memory, medians, goals and the machine's name."""
 
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
+
+from model.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_EVERY_S = 0.002
@@ -167,26 +167,9 @@ def _best_time(run: Callable[[], object], device: str) -> float:
     return min(seconds)
 
 
-def describe_cpu() -> str:
-    """Return what decides its speed beside its clock: a CPU without bf16 arithmetic is some 10 times slower in bf16."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if f" {name} " in flags]
-    return " ".join([platform.machine(), "CPU", *found])
-
-
 def describe_environment(device: str) -> dict[str, Any]:
     """Return hardware, versions and commit; to be called before measuring, for the load is others' then."""
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else describe_cpu(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),  # of the last minute: figures of a busy machine say little
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-    }
+    load = round(os.getloadavg()[0], 1)  # of the last minute: figures of a busy machine say little
+    return describe_machine(device) | {"load_average": load, "transformers": transformers.__version__}

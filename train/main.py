@@ -142,7 +142,7 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
         folder.rename(aside)
         print(f"{config.name}: the earlier run is now {aside}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "sessions.jsonl"):
         (folder / name).unlink(missing_ok=True)
     (folder / "config.toml").write_text(format_config(config), encoding="utf-8")
 

@@ -4,7 +4,10 @@ The model is built without memory, sharded, and only then filled: every rank rea
 """
 
 import functools
+import json
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from model.config import LlavaConfig
 from model.files import StoredTensor, cast_stored, replace_folder
 from model.llava import Llava, initialize_weights
 from model.lora import add_lora
+from model.machine import describe_machine
 from model.quantize import QuantizedLinear, quantize_linears
 from model.weights import write_llava, write_lora
 from train.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint
@@ -70,8 +74,10 @@ def run_stage(
     first_step = load_checkpoint(checkpoints[-1], objective, optimizer, about) if checkpoints else 0
     num_steps = math.ceil(config.epochs * len(steps.dataset) / config.batch_size)
     num_steps = min(num_steps, config.max_steps or num_steps)
-    if ranks.is_first and first_step:
-        print(f"{config.name}: going on from step {first_step}")
+    if ranks.is_first:
+        if first_step:
+            print(f"{config.name}: going on from step {first_step}")
+        note_session(folder, start, llava, ranks, first_step, num_steps, len(steps.dataset))
     write_trained = functools.partial(write_model, config=config, start=start)
     is_finished = train(
         objective,
@@ -108,6 +114,25 @@ def run_stage(
         print(f"{config.name}: {'finished' if is_finished else 'stopped, the same command goes on from here'}")
     ranks.wait()
     return is_finished
+
+
+def note_session(
+    folder: Path, start: Start, llava: Llava, ranks: Ranks, first_step: int, num_steps: int, num_rows: int
+) -> None:
+    """Append a line to `sessions.jsonl`: what trains what, for reports. A run that is resumed has several."""
+    session = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "ranks": ranks.size,
+        "first_step": first_step,
+        "num_steps": num_steps,
+        "rows": num_rows,
+        "parameters": sum(math.prod(tensor.shape) for tensor in start.tensors.values()),
+        "trained_parameters": sum(parameter.numel() for parameter in llava.parameters() if parameter.requires_grad),
+        **describe_machine(ranks.device),
+    }
+    with (folder / "sessions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
 
 
 def open_in_turn(open_: Callable[[], Opened], ranks: Ranks) -> Opened:
