@@ -29,7 +29,7 @@ from model.generate import generate_stream  # noqa: E402
 from model.llava import Llava  # noqa: E402
 from model.quantize import pack_for_decoding  # noqa: E402
 from model.sampling import Sampling  # noqa: E402
-from model.weights import build_llava, open_checkpoint  # noqa: E402
+from model.weights import build_llava, choose_dtype, open_checkpoint  # noqa: E402
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,9 +88,7 @@ def load(arguments: argparse.Namespace) -> tuple[Llava, Tokenizer]:
     """Read the model that the arguments name, and its tokenizer. The files are closed behind it."""
     checkpoint = open_checkpoint(arguments.model_path, arguments.model_base, arguments.vision_tower, arguments.adapter)
     tokenizer = Tokenizer(find_tokenizer(*checkpoint.folders))
-    dtype = DTYPES[arguments.dtype] or checkpoint.dtype
-    if arguments.dtype == "auto" and arguments.device == "cpu" and dtype == torch.float16:
-        dtype = torch.bfloat16  # few CPUs calculate in fp16
+    dtype = DTYPES[arguments.dtype] or choose_dtype(checkpoint.dtype, arguments.device)
     model = build_llava(checkpoint, dtype, arguments.device, arguments.bits)
     if arguments.bits == 4 and arguments.device == "cpu" and dtype == torch.bfloat16:
         pack_for_decoding(model)

@@ -275,11 +275,7 @@ def write_comparisons(
     title = say("title", language, first=names[0], second=names[1])
     blocks = [f"# {say('title', language, first=escape(names[0]), second=escape(names[1]))}"]
     for name, comparison in comparisons.items():
-        try:
-            task = reopen_task(comparison.first, data)
-        except ValueError as error:  # what is compared is in the results: only pictures are lost
-            task = None
-            print(f"{_clean(name)} is shown without pictures: {error}", file=sys.stderr)
+        task = open_pictures(name, comparison.first, data)
         blocks += [f"## {escape(name)}", describe_comparison(comparison, language)]
         blocks += [f"### {say('changes', language)}", show_changes(comparison, task, out, language, number)]
     if lonely:
@@ -291,6 +287,15 @@ def write_comparisons(
                 file.write(json.dumps({"task": name} | row, ensure_ascii=False) + "\n")
     (out / "compare.md").write_text(markdown, encoding="utf-8")
     (out / "compare.html").write_text(to_html(markdown, out, title, language), encoding="utf-8")
+
+
+def open_pictures(name: str, result: Result, data: Path | None) -> Task | None:
+    """Open a benchmark's files for their pictures; None, said on stderr, where they are of another version."""
+    try:
+        return reopen_task(result, data)
+    except ValueError as error:  # what is compared is in the results: only pictures are lost
+        print(f"{_clean(name)} is shown without pictures: {error}", file=sys.stderr)
+        return None
 
 
 def name_run(path: Path) -> str:

@@ -1,7 +1,7 @@
 """easy-VQA's test set: 9,673 questions about 1,000 pictures, exact match by question type.
 
 Questions of a kind that the training files of the first model lack, and `tiny_zh`, the same in Chinese with drawings
-of things besides, are tasks of their own.
+of things besides, are tasks of their own. `python -m data.prepare` writes their files.
 
 Two bars tell what a score means: always the commonest answer, and for each question its commonest answer in the
 training file, which is the best one can do without looking at the picture.
@@ -9,73 +9,100 @@ training file, which is the best one can do without looking at the picture.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from data.image import open_image
 from data.rows import load_rows
+from eval.tally import mean_part
+from eval.task import OFFICIAL, Benchmark, Question, Scored, Task
 
 MAX_NEW_TOKENS = 12
 TYPES = ("shape", "color", "yes/no", "choice", "thing", "thing yes/no")
+KEYS = {"question_id", "image", "question", "answer", "type"}
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where a task's files lie, below the folder that holds the prepared sets."""
+def open_task(data: Path, rule: str, image_folder: Path | None, questions: str, training: str, images: str) -> Task:
+    """Read the test questions and, for the bars, the training files.
 
-    questions: str
-    training: str  # what it is learned from, by split
-    images: str
-
-
-TASKS = {
-    "easy_vqa": Task("easy_vqa/test.jsonl", "easy_vqa/vqa_{}.json", "easy_vqa/images"),
-    "easy_vqa_choice": Task("easy_vqa/choice_test.jsonl", "easy_vqa/choice_{}.json", "easy_vqa/images"),
-    "tiny_zh": Task("tiny_zh/test.jsonl", "tiny_zh/{}.json", ""),
-}
-
-
-def load_questions(folder: Path, task: str) -> list[dict]:
-    """Return the test questions, those about one picture next to each other, pictures named from `folder`.
-
-    Raises: FileNotFoundError or ValueError when `folder` does not hold what `data.prepare` writes.
+    Args:
+        questions, training, images: where they lie below `data`; the training files of every split.
+    Raises: FileNotFoundError or ValueError when `data` does not hold what `data.prepare` writes.
     """
-    file = folder / TASKS[task].questions
-    questions = load_rows(file)
-    wanted = {"question_id", "image", "question", "answer", "type"}
-    for number, row in enumerate(questions):
-        if not isinstance(row, dict) or wanted - row.keys():
-            raise ValueError(f"{file}, row {number}: expected the keys {', '.join(sorted(wanted))}")
-        row["image"] = str(Path(TASKS[task].images) / row["image"])
-    return questions
+    assert rule == OFFICIAL
+    file, pictures = data / questions, image_folder or data / images
+    rows = load_rows(file)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or KEYS - row.keys():
+            raise ValueError(f"{file}, row {number}: expected the keys {', '.join(sorted(KEYS))}")
+    order = {image: place for place, image in enumerate(dict.fromkeys(row["image"] for row in rows))}
+    rows.sort(key=lambda row: order[row["image"]])
+    if missing := [name for name in order if not (pictures / name).is_file()]:
+        raise FileNotFoundError(f"{len(missing)} pictures are missing in {pictures}, {missing[0]} is the first")
+    asked = [
+        Question(
+            str(row["question_id"]), row["image"], row["question"], (row["question"],), (row["answer"],),
+            {"type": row["type"]},
+        )
+        for row in rows
+    ]  # fmt: skip
+    splits = [data / training.format(split) for split in ("train", "held_out")]
+    return Task(
+        asked,
+        lambda name: open_image(pictures / name),
+        [file, *splits],
+        "vicuna_v1",
+        MAX_NEW_TOKENS,
+        "{question}",
+        _answer_blindly(asked, splits),
+    )
 
 
-def score(questions: Sequence[dict], predictions: Sequence[str]) -> dict:
-    """Return exact match, overall and by type; case does not count."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question, prediction in zip(questions, predictions, strict=True):
-        right[question["type"]].append(prediction.lower() == question["answer"].lower())
-    everything = [value for values in right.values() for value in values]
-    return {
-        "n": len(everything),
-        "score": sum(everything) / len(everything),
-        "by_type": {kind: {"n": len(right[kind]), "score": sum(right[kind]) / len(right[kind])} for kind in right},
+def count(questions: Sequence[Question], predictions: Sequence[str], rule: str) -> Scored:
+    """Count exact matches, overall and by type; case does not count."""
+    assert rule == OFFICIAL
+    credits = [
+        float(prediction.lower() == question.answers[0].lower())
+        for question, prediction in zip(questions, predictions, strict=True)
+    ]
+    by_type: dict[str, list[int]] = {kind: [] for kind in TYPES}
+    for number, question in enumerate(questions):
+        by_type.setdefault(question.kinds["type"], []).append(number)
+    pictures = [question.cluster for question in questions]
+    types = {
+        kind: mean_part([pictures[number] for number in numbers], [credits[number] for number in numbers])
+        for kind, numbers in by_type.items()
+        if numbers
     }
+    return Scored(list(credits), {"all": {"all": mean_part(pictures, credits)}, "type": types})
 
 
-def baselines(questions: Sequence[dict], folder: Path, task: str) -> dict[str, list[str]]:
-    """Return the predictions of the two bars, learned from the training file; what it asks besides does not count."""
-    asked = {row["question"] for row in questions}
+def _answer_blindly(questions: Sequence[Question], training: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the answers of the two bars, learned from the training files; what those ask besides does not count."""
+    asked = {question.text for question in questions}
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for split in ("train", "held_out"):
-        for row in load_rows(folder / TASKS[task].training.format(split)):
+    for file in training:
+        for row in load_rows(file):
             texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
             for question, answer in zip(texts[::2], texts[1::2], strict=True):
                 if question in asked:
                     by_question[question][answer] += 1
+    if not by_question:
+        return {}
     overall = sum(by_question.values(), Counter())
     commonest = overall.most_common(1)[0][0]
     blind = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
     return {
         "always the commonest answer": [commonest] * len(questions),
-        "best without looking at the picture": [blind.get(row["question"], commonest) for row in questions],
+        "best without looking at the picture": [blind.get(question.text, commonest) for question in questions],
     }
+
+
+BENCHMARKS = {
+    name: Benchmark("exact match", partial(open_task, questions=questions, training=training, images=images), count)
+    for name, questions, training, images in (
+        ("easy_vqa", "easy_vqa/test.jsonl", "easy_vqa/vqa_{}.json", "easy_vqa/images"),
+        ("easy_vqa_choice", "easy_vqa/choice_test.jsonl", "easy_vqa/choice_{}.json", "easy_vqa/images"),
+        ("tiny_zh", "tiny_zh/test.jsonl", "tiny_zh/{}.json", ""),
+    )
+}

@@ -3,8 +3,10 @@
 - `CausalAttention`: B rows, each token sees itself and what came before.
 - `PackedAttention`: one row that holds many documents; none sees another.
 - `CachedAttention`: B rows, each token sees itself and what earlier calls stored of its row.
+- `TrunkAttention`, `BranchedAttention`: trunks are stored, and then seen by all of their branches.
 
-Shapes: B rows, T tokens, C slots of a cache, H heads, K key/value heads (H a multiple of K), d head size.
+Shapes: B rows, T tokens, C slots of a cache, H heads, K key/value heads (H a multiple of K), d head size,
+G trunks of P tokens, J branches of a trunk.
 """
 
 from collections.abc import Sequence
@@ -116,3 +118,98 @@ class CachedAttention:
             k, v = keys[:, :, : self.num_slots], values[:, :, : self.num_slots]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
         return out.to(dtype)
+
+
+class TrunkAttention:
+    """Like `CausalAttention`, and what branches will see is stored: the batch's rows become the trunks `places`."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], places: Tensor) -> None:
+        """Args:
+        keys, values: of every layer, (G, K, P, d), written in place.
+        """
+        self.keys, self.values, self.places = keys, values, places
+
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.keys[layer_index], self.values[layer_index]
+        dtype = q.dtype
+        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
+        keys[self.places], values[self.places] = k, v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).to(dtype)
+
+
+class BranchedAttention:
+    """New tokens of several branches, laid end to end in one row (B = 1): each sees its trunk, and its branch up to it.
+
+    A trunk's keys lie in memory once, and the queries of all its branches meet them in one product; heads that share
+    keys stand side by side there like branches. A branch's own keys are another product; one softmax spans both.
+    """
+
+    def __init__(
+        self,
+        trunks: tuple[Sequence[Tensor], Sequence[Tensor]],
+        branches: tuple[Sequence[Tensor], Sequence[Tensor]],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+    ) -> None:
+        """Args:
+        trunks: keys and values of every layer, (G, K, P, d).
+        branches: keys and values of every layer, (G, J, K, C, d), written in place.
+        rows: the branches with new tokens, each once; j of trunk g is g * J + j.
+        starts, counts: how many tokens each of them holds already, and how many are new.
+        """
+        (num_trunks, _, trunk_length, _), device = trunks[0][0].shape, trunks[0][0].device
+        num_branches = branches[0][0].shape[1]
+        lengths = torch.tensor(counts)
+        columns = torch.cat([torch.arange(count) for count in counts])
+        trunk, branch, slots = (
+            torch.tensor(values).repeat_interleave(lengths)
+            for values in ([row // num_branches for row in rows], [row % num_branches for row in rows], starts)
+        )
+        slots += columns
+        used = trunk.unique()
+        if 2 * len(used) > num_trunks:  # then to compute for all costs less than to pick out their keys
+            used = torch.arange(num_trunks)
+        # Products need a grid. A cell without a token looks at slot 0 of its branch, and nobody looks at it.
+        cells = (torch.searchsorted(used, trunk), branch, columns)
+        last_seen = torch.zeros(len(used), num_branches, max(counts), dtype=torch.long)
+        last_seen[cells] = slots
+        hidden = torch.arange(int(slots.max()) + 1) > last_seen[:, None, :, None, :, None]
+        self.trunks, self.branches = trunks, branches
+        self.hidden = hidden.to(device)  # (G, 1, J, 1, T, slots): a key's slot is its place in the branch
+        self.used = None if len(used) == num_trunks else used.to(device)
+        self.cells = tuple(x.to(device) for x in cells)
+        self.places = tuple(x.to(device) for x in (trunk, branch, slots))
+        self.position_ids = trunk_length + self.places[2][None]
+
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Shapes: q (1, H, N, d), k and v (1, K, N, d), N the sum of `counts` -> (1, H, N, d)."""
+        trunk_keys, trunk_values, keys, values = (kind[layer_index] for kind in (*self.trunks, *self.branches))
+        (trunk, branch, slots), num_slots = self.places, self.hidden.shape[-1]
+        keys[trunk, branch, :, slots] = k[0].transpose(0, 1).to(keys.dtype)  # indexed: (N, K, d)
+        values[trunk, branch, :, slots] = v[0].transpose(0, 1).to(keys.dtype)
+        if self.used is not None:
+            trunk_keys, trunk_values, keys, values = (
+                x[self.used] for x in (trunk_keys, trunk_values, keys[..., :num_slots, :], values[..., :num_slots, :])
+            )
+        keys, values = (x[..., :num_slots, :].transpose(1, 2) for x in (keys, values))  # (G, K, J, slots, d)
+        num_trunks, num_groups, num_branches = keys.shape[:3]
+        _, num_heads, _, head_size = q.shape
+        # Scores and their softmax are in fp32, as in fused kernels.
+        queries = keys.new_zeros(
+            num_trunks, num_branches, self.hidden.shape[-2], num_heads, head_size, dtype=torch.float32
+        )
+        queries[self.cells] = q[0].transpose(0, 1).float() * head_size**-0.5
+        queries = queries.unflatten(3, (num_groups, -1)).permute(0, 3, 1, 4, 2, 5)  # (G, K, J, H / K, T, d)
+        shape = queries.shape
+        trunk_scores = queries.flatten(2, 4) @ trunk_keys.float().mT  # (G, K, J * H / K * T, P)
+        scores = queries.flatten(3, 4) @ keys.float().mT  # (G, K, J, H / K * T, slots)
+        scores = scores.unflatten(3, shape[3:5]).masked_fill_(self.hidden, -torch.inf).flatten(2, 4)
+        highest = torch.maximum(trunk_scores.amax(-1, keepdim=True), scores.amax(-1, keepdim=True))
+        trunk_weights, weights = trunk_scores.sub_(highest).exp_(), scores.sub_(highest).exp_()
+        total = trunk_weights.sum(-1, keepdim=True) + weights.sum(-1, keepdim=True)
+        trunk_weights, weights = (x.div_(total).to(values.dtype) for x in (trunk_weights, weights))
+        out = weights.unflatten(2, (num_branches, -1)) @ values
+        out = out.flatten(2, 3) + trunk_weights @ trunk_values
+        out = out.view(shape).permute(0, 2, 4, 1, 3, 5)[self.cells]  # (G, J, T, K, H / K, d) -> (N, K, H / K, d)
+        return out.flatten(1, 2).transpose(0, 1)[None].to(q.dtype)

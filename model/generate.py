@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import CachedAttention
+from model.attention import BranchedAttention, CachedAttention, TrunkAttention
 from model.llama import Llama
 from model.llava import Llava
 from model.sampling import GREEDY, Sampling, choose_tokens, make_draws
 
 COMPILED_SLOTS = 256  # compiled steps look at a multiple of this many slots, so that few shapes are compiled
+BRANCH_SLOTS = 64  # a cache of branches grows by a multiple of this many slots
 
 
 class KVCache:
@@ -29,31 +31,12 @@ class KVCache:
     """
 
     def __init__(self, llama: Llama, num_rows: int, capacity: int) -> None:
-        config, weight = llama.config, llama.lm_head.weight
-        # CPUs without bf16 arithmetic attend 3 to 7 times faster in fp32, and have the memory.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        self.llama, self.capacity, self.device = llama, capacity, weight.device
+        self.capacity, self.device = capacity, llama.lm_head.weight.device
         # One slot more than is ever looked at: "all of the slots" would be another case to compile.
-        shape = (num_rows, config.num_key_value_heads, capacity + 1, config.head_size)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
-            for _ in range(2)
-        )
-        self.seen = torch.zeros(num_rows, config.num_words, dtype=torch.bool, device=weight.device)
+        self.keys, self.values = (make_slots(llama, num_rows, capacity + 1) for _ in range(2))
+        self.seen = torch.zeros(num_rows, llama.config.num_words, dtype=torch.bool, device=self.device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long)  # tokens each row holds; on the CPU, so nothing waits
         self.used = 0  # no row has written a slot from here on, so none needs to be read
-
-    def repeat(self, counts: Tensor, capacity: int) -> "KVCache":
-        """Return a cache in which row i stands counts[i] times, with room for `capacity` tokens."""
-        assert capacity >= self.used, "what the rows hold must fit"
-        rows = torch.arange(len(counts)).repeat_interleave(counts.cpu())
-        new = KVCache(self.llama, len(rows), capacity)
-        new.lengths, new.used = self.lengths[rows], self.used
-        rows = rows.to(self.device)
-        new.seen = self.seen[rows]
-        for old_tensor, new_tensor in zip(self.keys + self.values, new.keys + new.values, strict=True):
-            new_tensor[:, :, : self.used] = old_tensor[:, :, : self.used].index_select(0, rows)
-        return new
 
     def advance(self, num_tokens: Tensor, width: int, fixed_shapes: bool = False) -> CachedAttention:
         """Make room for `num_tokens[i]` more tokens in row i, written `width` wide; return how they attend.
@@ -72,6 +55,72 @@ class KVCache:
             num_slots = start + width  # behind that, padding of earlier calls may lie
         self.lengths, self.used = self.lengths + num_tokens, used
         return CachedAttention(self.keys, self.values, positions.to(self.device), num_slots, start)
+
+
+class BranchedCache:
+    """Keys and values of trunks, each stored once, and of the branches that grow on them; for greedy answers.
+
+    G trunks have J branches each, numbered g * J + j. A branch holds what follows its trunk; there is always room.
+    """
+
+    def __init__(self, llama: Llama, num_trunks: int, num_branches: int, trunk_length: int) -> None:
+        self.num_branches, self.device = num_branches, llama.lm_head.weight.device
+        self.trunk_keys, self.trunk_values = (make_slots(llama, num_trunks, trunk_length) for _ in range(2))
+        self.keys, self.values = (
+            [
+                slots.unflatten(0, (num_trunks, num_branches))
+                for slots in make_slots(llama, num_trunks * num_branches, 0)
+            ]
+            for _ in range(2)
+        )
+        self.lengths = [0] * (num_trunks * num_branches)  # tokens each branch holds
+
+    def advance(self, rows: Sequence[int], num_tokens: Sequence[int]) -> BranchedAttention:
+        """Make room for `num_tokens[i]` more tokens in branch `rows[i]`; return how they attend."""
+        starts = [self.lengths[row] for row in rows]
+        for row, count in zip(rows, num_tokens, strict=True):
+            self.lengths[row] += count
+        missing = max(self.lengths[row] for row in rows) - self.keys[0].shape[-2]
+        if missing > 0:
+            room = (0, 0, 0, round_up(missing, BRANCH_SLOTS))
+            for tensors in (self.keys, self.values):
+                tensors[:] = [F.pad(tensor, room) for tensor in tensors]
+        trunks, branches = (self.trunk_keys, self.trunk_values), (self.keys, self.values)
+        return BranchedAttention(trunks, branches, rows, starts, num_tokens)
+
+
+def make_slots(llama: Llama, num_rows: int, num_slots: int) -> list[Tensor]:
+    """Return zeros (num_rows, K, num_slots, d) for every layer."""
+    config, weight = llama.config, llama.lm_head.weight
+    # CPUs without bf16 arithmetic attend 3 to 7 times faster in fp32, and have the memory.
+    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+    shape = (num_rows, config.num_key_value_heads, num_slots, config.head_size)
+    return [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
+
+
+@torch.inference_mode()
+def prefill_trunks(
+    model: Llava, cache: BranchedCache, places: Sequence[int], trunk: Tensor, image_features: Tensor | None = None
+) -> None:
+    """Run the same words with other pictures, and store what comes of it as the trunks `places`.
+
+    Shapes: trunk (P,), image_features (N, P, D), N the number of places, or None where the trunk has no placeholders.
+    """
+    position_ids = torch.arange(len(trunk), device=cache.device).expand(len(places), -1)
+    input_ids = trunk.to(cache.device).expand(len(places), -1)
+    attend = TrunkAttention(cache.trunk_keys, cache.trunk_values, torch.tensor(places, device=cache.device))
+    model(input_ids, position_ids, attend, image_features)
+
+
+@torch.inference_mode()
+def extend_branches(model: Llava, cache: BranchedCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Run more tokens of the branches `rows`; return the logits of each one's next token. -> (rows, V)."""
+    llama, lengths = model.language_model, [len(piece) for piece in tokens]
+    attend = cache.advance(rows, lengths)
+    input_ids = torch.tensor([[token for piece in tokens for token in piece]], device=cache.device)
+    hidden_states = llama(llama.embed_tokens(input_ids), attend.position_ids, attend)
+    last = hidden_states[0, torch.tensor(lengths).cumsum(0) - 1]  # (1, N, D) -> (rows, D)
+    return llama.lm_head(last)[:, : llama.config.num_words]
 
 
 @torch.inference_mode()

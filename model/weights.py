@@ -124,6 +124,12 @@ def build_llava(
     return model.eval()
 
 
+def choose_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtype:
+    """Return what to calculate in: the stored type, but on CPUs bfloat16 for float16, which few of them can."""
+    is_cpu = torch.device(device).type == "cpu"
+    return torch.bfloat16 if is_cpu and stored == torch.float16 else stored
+
+
 def open_checkpoint(
     path: str | Path,
     base: str | Path | None = None,

@@ -6,12 +6,13 @@ The model is built without memory, sharded, and only then filled: every rank rea
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,7 +78,15 @@ def run_stage(
     if ranks.is_first:
         if first_step:
             print(f"{config.name}: going on from step {first_step}")
-        note_session(folder, start, llava, ranks, first_step, num_steps, len(steps.dataset))
+        facts = {
+            "start": config.model or str(previous),
+            "first_step": first_step,
+            "num_steps": num_steps,
+            "rows": len(steps.dataset),
+            "parameters": sum(math.prod(tensor.shape) for tensor in start.tensors.values()),
+            "trained_parameters": sum(p.numel() for p in llava.parameters() if p.requires_grad),
+        }
+        note_session(folder, ranks, facts)
     write_trained = functools.partial(write_model, config=config, start=start)
     is_finished = train(
         objective,
@@ -116,19 +125,14 @@ def run_stage(
     return is_finished
 
 
-def note_session(
-    folder: Path, start: Start, llava: Llava, ranks: Ranks, first_step: int, num_steps: int, num_rows: int
-) -> None:
+def note_session(folder: Path, ranks: Ranks, facts: Mapping[str, Any]) -> None:
     """Append a line to `sessions.jsonl`: what trains what, for reports. A run that is resumed has several."""
     session = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "ranks": ranks.size,
-        "first_step": first_step,
-        "num_steps": num_steps,
-        "rows": num_rows,
-        "parameters": sum(math.prod(tensor.shape) for tensor in start.tensors.values()),
-        "trained_parameters": sum(parameter.numel() for parameter in llava.parameters() if parameter.requires_grad),
+        "machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),  # as torchrun says
+        **facts,
         **describe_machine(ranks.device),
     }
     with (folder / "sessions.jsonl").open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import CausalAttention, PackedAttention
+from model.attention import BranchedAttention, CausalAttention, PackedAttention, TrunkAttention
 from model.llama import Llama
 from tests.model.small_llava import (
     FIRST_WORD_ID,
@@ -151,3 +151,43 @@ def test_trunk_and_other_branches_do_not_notice_a_change(llama: Llama, changed: 
         results.append((logits[is_other], embeddings.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_trunks_and_branches_attend_as_whole_rows_do(num_groups: int, dtype: torch.dtype) -> None:
+    """3 trunks with 2 branches each, of which 4 get new tokens, unequally many, behind unequally many."""
+    generator = torch.Generator().manual_seed(1)
+    rows, starts, counts = [1, 3, 2, 4], [0, 3, 1, 2], [3, 1, 2, 4]
+    lengths = [TRUNK + start + count for start, count in zip(starts, counts, strict=True)]
+
+    def draw(num_heads: int, num_tokens: int) -> Tensor:
+        return torch.randn(1, num_heads, num_tokens, 4, generator=generator).to(dtype)
+
+    trunks = [[draw(heads, TRUNK) for heads in (6, num_groups, num_groups)] for _ in range(3)]
+    branches = [
+        [torch.cat([part, draw(part.shape[1], length - TRUNK)], dim=2) for part in trunks[row // 2]]
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    trunk_keys, trunk_values = (torch.zeros(3, num_groups, TRUNK, 4, dtype=dtype) for _ in range(2))
+    keys, values = (torch.zeros(3, 2, num_groups, 8, 4, dtype=dtype) for _ in range(2))
+    causal, tolerance = CausalAttention(), 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+    attend_trunks = TrunkAttention([trunk_keys], [trunk_values], torch.tensor([2, 0, 1]))
+    q, k, v = (torch.cat([trunks[trunk][kind] for trunk in (2, 0, 1)]) for kind in range(3))
+    torch.testing.assert_close(attend_trunks(0, q, k, v), causal(0, q, k, v))
+
+    for row, start, (_, k, v) in zip(rows, starts, branches, strict=True):
+        keys[row // 2, row % 2, :, :start] = k[0, :, TRUNK : TRUNK + start]
+        values[row // 2, row % 2, :, :start] = v[0, :, TRUNK : TRUNK + start]
+    attend = BranchedAttention(([trunk_keys], [trunk_values]), ([keys], [values]), rows, starts, counts)
+    q, k, v = (
+        torch.cat([branch[kind][:, :, -count:] for branch, count in zip(branches, counts, strict=True)], dim=2)
+        for kind in range(3)
+    )
+    expected = [causal(0, *branch)[:, :, -count:] for branch, count in zip(branches, counts, strict=True)]
+    out = attend(0, q, k, v)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, torch.cat(expected, dim=2), rtol=tolerance, atol=tolerance)
+    positions = [range(length - count, length) for length, count in zip(lengths, counts, strict=True)]
+    assert attend.position_ids.tolist() == [[position for piece in positions for position in piece]]

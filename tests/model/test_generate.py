@@ -16,7 +16,19 @@ from torch import Tensor
 import model.generate
 from model.attention import CausalAttention
 from model.config import LlavaConfig
-from model.generate import KVCache, collect, compile_step, decode, generate, generate_stream, prefill, step
+from model.generate import (
+    BRANCH_SLOTS,
+    BranchedCache,
+    KVCache,
+    compile_step,
+    decode,
+    extend_branches,
+    generate,
+    generate_stream,
+    prefill,
+    prefill_trunks,
+    step,
+)
 from model.llama import LlamaConfig
 from model.llava import Llava
 from model.sampling import Sampling, adjust_logits
@@ -206,29 +218,39 @@ def test_second_piece_of_ragged_rows_continues_each_row(llava: Llava) -> None:
         assert relative_difference(row_logits, recompute(llava, row, None)[-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("repetition_penalty", [1.0, 1.5])
-def test_questions_behind_a_shared_trunk_equal_whole_prompts(llava: Llava, repetition_penalty: float) -> None:
-    """Two images' trunks run once; two and three questions of different lengths follow them."""
-    sampling = Sampling(repetition_penalty=repetition_penalty)
-    trunks = [make_prompt("tItt", seed=1), make_prompt("ttttIt", seed=2)]
-    questions = [make_prompt("t" * length, seed=length) for length in (4, 2, 7, 3, 1)]
-    pixel_values, owners = make_pixels(2), [0, 0, 1, 1, 1]
-    whole = [torch.cat([trunks[owner], question]) for owner, question in zip(owners, questions, strict=True)]
-    expected = generate(llava, whole, pixel_values[owners], NO_TOKEN_ID, 20, sampling)
+def test_branches_of_shared_trunks_equal_whole_prompts(llava: Llava) -> None:
+    """Trunks 2 and 0 of three are filled, and branches of different lengths grow on them, not all in the same step.
 
-    trunk_cache = KVCache(llava.language_model, 2, capacity=max(map(len, trunks)))
-    prefill(llava, trunk_cache, trunks, llava.encode_images(pixel_values))
-    kept = [keys.clone() for keys in trunk_cache.keys]
-    cache = trunk_cache.repeat(torch.tensor([2, 3]), capacity=60)
-    logits = prefill(llava, cache, questions)
-    for index, prompt in enumerate(whole):
-        assert cache.seen[index].nonzero().flatten().tolist() == prompt[prompt >= 0].unique().tolist()
-    for row, prompt, owner in zip(logits, whole, owners, strict=True):
-        features = llava.encode_images(pixel_values[owner : owner + 1])
-        assert relative_difference(row, recompute(llava, prompt, features)[-1]) < TOLERANCE
-    assert collect(decode(llava, cache, logits, NO_TOKEN_ID, 20, sampling), NO_TOKEN_ID) == expected
-    for keys, kept_keys in zip(trunk_cache.keys, kept, strict=True):
-        assert torch.equal(keys, kept_keys)  # the trunk can serve more questions
+    Branch 1 ends, and another one takes its row, longer than what the cache had room for.
+    """
+    trunk, pixel_values = make_prompt("tItt", seed=1), make_pixels(2)
+    rows = {5: (0, 4), 1: (1, 2), 4: (0, 7), 0: (1, 3)}  # row: (picture, length); rows 4 and 5 are trunk 2's
+    branches = {row: make_prompt("t" * length, seed=length) for row, (_, length) in rows.items()}
+    cache = BranchedCache(llava.language_model, num_trunks=3, num_branches=2, trunk_length=len(trunk))
+    prefill_trunks(llava, cache, [2, 0], trunk, llava.encode_images(pixel_values))
+    kept = [keys.clone() for keys in cache.trunk_keys]
+    assert [keys.shape for keys in kept] == [(3, 2, len(trunk), 12)] * 2  # however many branches there are
+
+    def check(logits: Tensor, asked: list[int]) -> list[list[int]]:
+        for row, row_logits in zip(asked, logits, strict=True):
+            picture = rows[row][0]
+            features = llava.encode_images(pixel_values[picture : picture + 1])
+            expected = recompute(llava, torch.cat([trunk, branches[row]]), features)[-1]
+            assert relative_difference(row_logits, expected) < TOLERANCE
+        for row, token in zip(asked, logits.argmax(dim=-1), strict=True):
+            branches[row] = torch.cat([branches[row], token[None]])
+        return [branches[row][-1:].tolist() for row in asked]
+
+    last = check(extend_branches(llava, cache, [5, 1], [branches[row].tolist() for row in (5, 1)]), [5, 1])
+    new = [branches[row].tolist() for row in (4, 0)]
+    last = check(extend_branches(llava, cache, [4, 0, 5, 1], [*new, *last]), [4, 0, 5, 1])
+    last = check(extend_branches(llava, cache, [4, 5], [last[0], last[2]]), [4, 5])  # trunk 0's are left alone
+    branches[1], cache.lengths[1] = make_prompt("t" * (BRANCH_SLOTS + 9), seed=8), 0
+    new = [branches[1].tolist()]
+    check(extend_branches(llava, cache, [1, 4, 5], [*new, *last]), [1, 4, 5])
+    assert cache.lengths == [3, BRANCH_SLOTS + 9, 0, 0, 9, 7]
+    for keys, kept_keys in zip(cache.trunk_keys, kept, strict=True):
+        assert torch.equal(keys, kept_keys)
 
 
 def test_seed_decides_the_answer(llava: Llava) -> None:

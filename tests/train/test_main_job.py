@@ -21,6 +21,9 @@ def test_shortened_main_job_learns_to_answer(tmp_path: Path) -> None:
         run = tmp_path / "runs" / name
         files = {path.name for path in run.iterdir()}
         assert {"config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", "final"} <= files
+        (session,) = [json.loads(line) for line in (run / "sessions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert (session["ranks"], session["num_steps"], session["first_step"]) == (2, 120, 0)
+        assert 0 < session["trained_parameters"] <= session["parameters"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [row["step"] for row in rows] == list(range(1, 121))
         assert rows[119]["held_out_loss"] < rows[59]["held_out_loss"], name
