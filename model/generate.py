@@ -4,7 +4,11 @@ What a token may look at is an object (see `model/attention.py`), so generation 
 runs. Rows of a batch may differ in length: each row's keys lie at slots equal to their positions, and a token sees
 the slots up to its own, so what padding wrote behind a row's end is never seen and soon overwritten.
 
-Shapes: B rows, T tokens, C slots of the cache, K key/value heads, d head size, V words of the vocabulary.
+Many questions about one picture share what they begin with: that is `BranchedCache`, and `eval/predict.py` decides
+which question grows where.
+
+Shapes: B rows, T tokens, N images of P patches, C slots of the cache, K key/value heads, d head size,
+V words of the vocabulary.
 """
 
 import functools
@@ -104,7 +108,7 @@ def prefill_trunks(
 ) -> None:
     """Run the same words with other pictures, and store what comes of it as the trunks `places`.
 
-    Shapes: trunk (P,), image_features (N, P, D), N the number of places, or None where the trunk has no placeholders.
+    Shapes: trunk (T,), image_features (N, P, D), N the number of places, or None where the trunk has no placeholders.
     """
     position_ids = torch.arange(len(trunk), device=cache.device).expand(len(places), -1)
     input_ids = trunk.to(cache.device).expand(len(places), -1)
