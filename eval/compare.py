@@ -22,6 +22,7 @@ sys.path[0] = str(ROOT)
 
 from eval.answers import SCORES, Result, find_results, load_result, reopen_task  # noqa: E402
 from eval.comparison import Comparison, Line, compare_results, list_changes, split_changes  # noqa: E402
+from eval.names import translate  # noqa: E402
 from eval.page import escape, make_table, save_picture, to_html  # noqa: E402
 from eval.task import Task  # noqa: E402
 
@@ -85,7 +86,6 @@ WORDS = {
     "lonely": ("Answered by one of the two only: {names}.", "仅其中一方答过：{names}。"),
 }
 LANGUAGES = ("en", "zh")
-NAMES = {"all": "全部", "type": "题型", "subtask": "子任务", "answer type": "答案类型", "question type": "问题类型"}
 
 
 def main() -> None:
@@ -141,7 +141,8 @@ def describe_comparison(comparison: Comparison, language: str) -> str:
     """Return Markdown: how was asked, what differs, a table for each breakdown, and how many answers changed."""
     settings = comparison.first.settings
     asked = {name: escape(str(settings.get(name))) for name in ASKED}
-    metric, num_questions = escape(comparison.first.benchmark.metric), len(comparison.first.questions)
+    metric = escape(translate(comparison.first.benchmark.metric, language))
+    num_questions = len(comparison.first.questions)
     folders = {"results": (str(comparison.first.folder), str(comparison.second.folder))}
     differing = [[escape(name), *map(escape, pair)] for name, pair in (folders | comparison.differing).items()]
     blocks = [
@@ -162,14 +163,14 @@ def describe_comparison(comparison: Comparison, language: str) -> str:
 
 def list_cells(breakdown: str, lines: Sequence[Line], language: str) -> list[list[str]]:
     """Return a table's cells, the header first, as plain text."""
-    header = [_translate(breakdown, language), say("questions", language), "A", "B", "B−A", say("interval", language)]
+    header = [translate(breakdown, language), say("questions", language), "A", "B", "B−A", say("interval", language)]
     header += ["p", *(say(word, language) for word in ("real", "only", "mcnemar"))]
     rows = []
     for line in lines:
         scale = 100 if line.first.best == 1 else 1
         scores = [f"{scale * part.score:.1f}" for part in (line.first, line.second)]
         low, high = (_sign(scale * end) for end in line.found.interval)
-        row = [_translate(line.name, language), f"{line.first.num_questions:,}", *scores]
+        row = [translate(line.name, language), f"{line.first.num_questions:,}", *scores]
         row += [_sign(scale * line.found.difference), f"{low} … {high}", _format_p(line.found.p_value)]
         row += [say(line.verdict, language)]
         row += [f"{line.changes[0]:,} : {line.changes[1]:,}", _format_p(line.changes[2])] if line.changes else ["", ""]
@@ -244,7 +245,7 @@ def print_comparison(comparison: Comparison, language: str) -> str:
     blocks = [
         align(list_cells(breakdown, lines, language))
         if len(lines) <= MAX_PRINTED
-        else say("long", language, name=_clean(_translate(breakdown, language)), n=len(lines)) + "\n"
+        else say("long", language, name=_clean(translate(breakdown, language)), n=len(lines)) + "\n"
         for breakdown, lines in comparison.tables.items()
     ]
     return "\n".join([*blocks, count_changes(comparison, language)])
@@ -306,10 +307,6 @@ def name_run(path: Path) -> str:
 
 def say(key: str, language: str, **values: Any) -> str:
     return WORDS[key][LANGUAGES.index(language)].format(**values)
-
-
-def _translate(name: str, language: str) -> str:
-    return NAMES.get(name, name) if language == "zh" else name
 
 
 def _sign(value: float) -> str:

@@ -11,10 +11,13 @@ import torch
 from data.tokenizer import Tokenizer, find_tokenizer
 from eval.answers import hash_files, hash_tensors
 from model.adapter_files import Adapter
+from model.config import LlavaConfig
 from model.llava import Llava
 from model.machine import describe_machine
 from model.quantize import pack_for_decoding
 from model.weights import Checkpoint, build_llava, choose_dtype, open_checkpoint
+
+SMALL_TRUNK_NUMBERS = 4_000_000  # keys and values of a picture
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,15 @@ def load_model(model: Model, device: str) -> Llava:
     if model.bits == 4 and device == "cpu" and model.dtype == torch.bfloat16:
         pack_for_decoding(llava)
     return llava
+
+
+def choose_batch_size(config: LlavaConfig) -> int:
+    """Return how many questions to have in work: 32 leave a 13B's trunks room beside its weights on a 32 GB card.
+
+    Tiny models, whose time goes into starting operations, get more.
+    """
+    numbers_per_token = 2 * config.text.num_hidden_layers * config.text.num_key_value_heads * config.text.head_size
+    return 256 if numbers_per_token * config.vision.num_patches < SMALL_TRUNK_NUMBERS else 32
 
 
 def describe_session(device: str, batch_size: int, num_ranks: int) -> dict[str, Any]:

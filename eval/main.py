@@ -35,7 +35,7 @@ from tqdm import tqdm  # noqa: E402
 from data.conversation import CHAT_TEMPLATES  # noqa: E402
 from eval.answers import Ranks, ResultsFolder, describe_scores, hash_files  # noqa: E402
 from eval.benchmarks import BENCHMARKS  # noqa: E402
-from eval.loading import Model, describe_session, load_model, open_model  # noqa: E402
+from eval.loading import Model, choose_batch_size, describe_session, load_model, open_model  # noqa: E402
 from eval.predict import answer_questions  # noqa: E402
 from eval.task import Task  # noqa: E402
 from model.adapter_files import ADAPTER_CONFIG  # noqa: E402
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="ask at most so many questions, of each picture all or none")
     parser.add_argument("--seed", type=int, default=0, help="which pictures --limit draws")
     parser.add_argument("--out", type=Path, help="folder of the results, instead of eval/ beside the model")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions that are answered side by side")
+    parser.add_argument("--batch-size", type=int, help="questions in work together: by default 32, a tiny model's 256")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", dest="bits", action="store_const", const=8, default=16)
     bits.add_argument("--load-4bit", dest="bits", action="store_const", const=4)
@@ -126,9 +126,10 @@ def score_models(arguments: argparse.Namespace, ranks: Ranks) -> list[dict[str, 
             folder = model.results / (name if rule == BENCHMARKS[name].rules[0] else f"{name}.{rule}")
             results = ResultsFolder(folder, settings, task.questions, ranks)
             if not results.is_complete:
-                results.start(describe_session(arguments.device, arguments.batch_size, ranks.size))
+                batch_size = arguments.batch_size or choose_batch_size(model.checkpoint.config)
+                results.start(describe_session(arguments.device, batch_size, ranks.size))
                 llava = llava or load_model(model, arguments.device)
-                answer_remaining(results, llava, model, task, arguments.batch_size)
+                answer_remaining(results, llava, model, task, batch_size)
             if ranks.rank == 0:
                 results.wait_for_others()
                 scores = finish(results, task)

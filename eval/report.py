@@ -19,6 +19,7 @@ sys.path[0] = str(ROOT)
 from eval.answers import Result  # noqa: E402
 from eval.compare import describe_comparison, open_pictures, show_changes  # noqa: E402
 from eval.comparison import Comparison, compare_results  # noqa: E402
+from eval.names import translate  # noqa: E402
 from eval.page import escape, make_table, print_pdf, to_html  # noqa: E402
 from eval.report_charts import draw_charts  # noqa: E402
 from eval.report_cv import write_cv  # noqa: E402
@@ -142,7 +143,10 @@ def show_task(task: str, results: Mapping[str, Result], words: Words) -> str:
         rows = {name: scores for name, scores in rows.items() if name not in scored} | {
             name: scores for name, scores in rows.items() if name in scored
         }
-        cells = [[escape(name), *_show_scores(scores, words)] for name, scores in rows.items()]
+        cells = [
+            [escape(translate(name, words["page language"])), *_show_scores(scores, words)]
+            for name, scores in rows.items()
+        ]
         blocks.append(make_table(["", words["n"], metric, words["interval"]], cells))
         breakdowns = dict.fromkeys(
             breakdown for result in scored.values() for breakdown in result.scores.get("parts", {})
@@ -164,7 +168,7 @@ def show_breakdown(breakdown: str, results: Mapping[str, Result], words: Words) 
     names = list(dict.fromkeys(name for of_run in parts.values() for name in of_run))
     if len(names) == 1:
         return None
-    title = escape(words.get(f"{breakdown} kind", breakdown))
+    title = escape(translate(breakdown, words["page language"]))
     if len(names) > MAX_NAMES:
         return words["too many"].format(breakdown=title, number=len(names))
     rows = []
@@ -172,7 +176,7 @@ def show_breakdown(breakdown: str, results: Mapping[str, Result], words: Words) 
         found = [of_run.get(name) for of_run in parts.values()]
         counts = dict.fromkeys(show_count(part["n"]) for part in found if part)
         cells = [_show_part(part, words) for part in found]
-        rows.append([escape(words.get(f"{name} kind", name)), " / ".join(map(str, counts)), *cells])
+        rows.append([escape(translate(name, words["page language"])), " / ".join(map(str, counts)), *cells])
     return make_table([title, words["n"], *map(escape, results)], rows)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.answers import Result
+from eval.names import translate
 from eval.page import escape
 from eval.report_runs import Run, find_base, highest, latest, median, select, total
 from eval.report_text import (
@@ -96,7 +97,7 @@ def describe_change(name: str, runs: Sequence[Run], words: Words) -> Facts | Non
 def name_metric(result: Result, words: Words) -> str:
     """Return what a headline is called."""
     metric = str(result.scores.get("metric", result.benchmark.metric))
-    return escape(words.get(f"{metric} metric", metric))
+    return escape(translate(metric, words["page language"]))
 
 
 def count_answers(runs: Sequence[Run]) -> int:

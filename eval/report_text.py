@@ -9,6 +9,7 @@ GIB = 2**30
 # Sentences are templates: a part in [brackets] is left out where a {number} of it is not known, a sentence without
 # brackets around what is not known is left out whole.
 ENGLISH = {
+    "page language": "en",
     "title": "{names}: training and evaluation",
     "comma": ", ",
     "and": " and ",
@@ -120,6 +121,7 @@ ENGLISH = {
     "hours": "{hours} h {minutes} min",
 }
 CHINESE = {
+    "page language": "zh",
     "title": "{names}：训练与评测报告",
     "comma": "、",
     "and": " 与 ",
@@ -205,11 +207,6 @@ CHINESE = {
     "no results": "还没有评测结果：由 eval/main.py 得到。",
     "settings": "决定结果的设置",
     "a and b": "A 为 {first}，B 为 {second}。",
-    "all kind": "总体",
-    "type kind": "题型",
-    "subtask kind": "子任务",
-    "answer type kind": "答案类型",
-    "question type kind": "问题类型",
     "device": "设备",
     "world_size": "进程数",
     "commit": "代码提交",
@@ -223,12 +220,6 @@ CHINESE = {
     "previous stage": "{name} 从前一阶段的结果开始，而其设置没有写明是哪一个：请加上 `model=文件夹`。",
     "commands": "在仓库根目录下运行。运行文件夹里的 config.toml 就是写全了所有设置的阶段文件。",
     "cv note": "只用本报告中的数字填写，没有其他来源。不是自己做的，请删去。",
-    "exact match metric": "完全匹配率",
-    "accuracy metric": "准确率",
-    "VQA accuracy metric": "VQA 准确率",
-    "circular accuracy metric": "循环准确率",
-    "MME perception metric": "MME 感知得分",
-    "exact match; character F1 for Chinese metric": "完全匹配率（中文为字符 F1）",
     "seconds": "{seconds} 秒",
     "minutes": "{minutes} 分 {seconds} 秒",
     "hours": "{hours} 小时 {minutes} 分",
