@@ -154,9 +154,9 @@ def make_jpeg(seed: int) -> bytes:
 
 
 def measure(name: str, work: Workload) -> tuple[dict[str, float], list[str]]:
-    """Load the model, answer a few questions to warm up, then all; the process is new."""
+    """Load the model, warm up with as many questions as are in work together, then answer all; the process is new."""
     answer = CONTESTANTS[name](work, WordTokenizer(work.config.text.num_words))
-    list(answer(work.questions[: 1 if work.device == "cpu" else 2 * work.batch_size]))
+    list(answer(work.questions[: work.batch_size if name == BATCHED else 1]))
     wait_for(work.device)
     started = time.perf_counter()
     answers = dict(answer(work.questions))
