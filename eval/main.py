@@ -185,7 +185,8 @@ def answer_remaining(results: ResultsFolder, llava: Llava, model: Model, task: T
     )
     num_questions = len(results.ranks.share(task.questions))
     what = f"{model.name} {results.settings['task']}"
-    bar = tqdm(answers, initial=num_questions - len(remaining), total=num_questions, desc=what, unit="question")
+    num_done, is_first = num_questions - len(remaining), results.ranks.rank == 0
+    bar = tqdm(answers, what, num_questions, initial=num_done, unit="question", disable=not is_first)
     rows: list[dict[str, Any]] = []
     written_at = time.monotonic()
     for place, answer in bar:
