@@ -226,21 +226,24 @@ def print_table(table: dict[str, Any]) -> None:
     settings = last["settings"]
     print(f"\n{table['task']}: {last['metric']}, rule {settings['rule']}, template {settings['template']}")
     print(f"asked as {settings['prompt']!r}, at most {settings['max_new_tokens']} tokens of answer")
-    lines = [
-        (breakdown, name) for breakdown, parts in last["parts"].items() if len(parts) <= MAX_NAMES for name in parts
-    ]
-    if not lines:
+    shown = {breakdown: parts for breakdown, parts in last["parts"].items() if len(parts) <= MAX_NAMES}
+    if not shown:
         print(f"{last['n']} answers, which their owner's server scores")
         return
     numbers = [f"[{number}]" for number in range(1, len(scores) + 1)]
-    width = max(len(name) for _, name in lines)
+    width = 2 + max(len(name) for parts in shown.values() for name in parts)
     print(f"{'':{width}s}{'n':>9s}" + "".join(f"{number:>9s}" for number in numbers) + "   95 % interval of the last")
-    for breakdown, name in lines:
-        parts = [row["parts"].get(breakdown, {}).get(name) for row in scores]
-        unit = 100 if parts[-1]["best"] == 1 else 1
-        cells = "".join(f"{'-' if part is None else format(part['score'] * unit, '.1f'):>9s}" for part in parts)
-        low, high = (value * unit for value in parts[-1]["interval"])
-        print(f"{name:{width}s}{parts[-1]['n']:9d}{cells}   {low:.1f} to {high:.1f}")
+    for breakdown, parts in shown.items():
+        is_headline = breakdown == "all"
+        if not is_headline:
+            print(f"{breakdown}:")
+        for name, part in parts.items():
+            of_all = [row["parts"].get(breakdown, {}).get(name) for row in scores]
+            unit = 100 if part["best"] == 1 else 1
+            cells = "".join(f"{'-' if one is None else format(one['score'] * unit, '.1f'):>9s}" for one in of_all)
+            low, high = (value * unit for value in part["interval"])
+            label = name if is_headline else f"  {name}"
+            print(f"{label:{width}s}{part['n']:9d}{cells}   {low:.1f} to {high:.1f}")
     for number, name in zip(numbers, table["rows"], strict=True):
         print(f"{number} {name}")
 
