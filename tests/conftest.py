@@ -1,5 +1,6 @@
 """What the tests of several rooms share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from model.weights import save_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = ROOT / "data/tiny/tokenizer.model"
+
+# With `pytest -n 2`, two processes that each calculate on all cores would wait for each other's threads.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(scope="session")
