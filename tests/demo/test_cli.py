@@ -140,7 +140,7 @@ def test_an_adapter_changes_the_answer(tmp_path: Path, clip_free_model: Path, ad
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_folder: Path, tmp_path: Path) -> None:
     """At a terminal: the first answer is stopped as soon as it begins, the second question is still answered."""
-    arguments = ["demo/cli.py", "--model-path", str(tiny_model_folder), "--max-new-tokens", "900"]
+    arguments = ["demo/cli.py", "--model-path", str(tiny_model_folder), "--max-new-tokens", "300"]
     slowly = (  # on a fast machine the answer would be at its end before it can be stopped
         f"import sys, time; sys.argv = {arguments!r}; sys.path.insert(0, {str(ROOT)!r})\n"
         "from demo import cli\n"
