@@ -69,6 +69,11 @@ class ResultsFolder:
         self.mark = _mark(settings)
         if (folder / SETTINGS).is_file():
             self._check_settings(read_json(folder / SETTINGS))
+        elif (folder / PREDICTIONS).is_file():
+            raise ValueError(
+                f"{folder} has {PREDICTIONS} but no {SETTINGS}, so nobody knows what gave these answers: "
+                "move the folder aside"
+            )
         self.rows = self._read()
         self.journal: Journal | None = None
 

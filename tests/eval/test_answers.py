@@ -176,6 +176,12 @@ def test_damaged_journals(tmp_path: Path, line: str, message: str) -> None:
         open_folder(tmp_path)
 
 
+def test_answers_of_unknown_origin(tmp_path: Path) -> None:
+    (tmp_path / answers.PREDICTIONS).write_text('{"question_id": 1, "prediction": "red"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"predictions.jsonl but no settings.json, .* move the folder aside"):
+        open_folder(tmp_path)
+
+
 def test_two_ranks_with_the_same_answer(tmp_path: Path) -> None:
     answer(open_folder(tmp_path), at_most=1)
     (journal,) = (tmp_path / answers.ANSWERS).iterdir()
