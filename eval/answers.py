@@ -107,6 +107,11 @@ class ResultsFolder:
         self.journal.append(*rows)
         self.rows |= {self.numbers[row["question_id"]]: row for row in rows}
 
+    def close(self) -> None:
+        """Let go of this rank's journal."""
+        assert self.journal is not None, "start() comes first"
+        self.journal.close()
+
     def wait_for_others(self) -> None:
         """Return when every question has an answer.
 
@@ -130,8 +135,6 @@ class ResultsFolder:
     def finish(self, scored: Scored, scores: Mapping[str, Any]) -> dict[str, Any]:
         """Write predictions and scores, and remove the journals they were made of; return the scores as written."""
         assert self.is_complete, "a score of some of the questions is not the task's"
-        if self.journal is not None:
-            self.journal.close()
         partial = self.folder / (PREDICTIONS + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             for number, (question, credit) in enumerate(zip(self.questions, scored.credits, strict=True)):

@@ -186,22 +186,25 @@ def answer_remaining(results: ResultsFolder, llava: Llava, model: Model, task: T
     num_questions = len(results.ranks.share(task.questions))
     what = f"{model.name} {results.settings['task']}"
     num_done, is_first = num_questions - len(remaining), results.ranks.rank == 0
-    bar = tqdm(answers, what, num_questions, initial=num_done, unit="question", disable=not is_first)
     rows: list[dict[str, Any]] = []
     written_at = time.monotonic()
-    for place, answer in bar:
-        rows.append(
-            {
-                "question_id": questions[place].question_id,
-                "prediction": answer.text,
-                "num_prompt_tokens": answer.num_prompt_tokens,
-                "num_tokens": answer.num_tokens,
-            }
-        )
-        if time.monotonic() - written_at > WRITE_EVERY_S:
-            results.add(rows)
-            rows, written_at = [], time.monotonic()
-    results.add(rows)
+    try:
+        with tqdm(answers, what, num_questions, initial=num_done, unit="question", disable=not is_first) as bar:
+            for place, answer in bar:
+                rows.append(
+                    {
+                        "question_id": questions[place].question_id,
+                        "prediction": answer.text,
+                        "num_prompt_tokens": answer.num_prompt_tokens,
+                        "num_tokens": answer.num_tokens,
+                    }
+                )
+                if time.monotonic() - written_at > WRITE_EVERY_S:
+                    results.add(rows)
+                    rows, written_at = [], time.monotonic()
+    finally:  # a picture that cannot be read, or Ctrl-C, costs no answer
+        results.add(rows)
+        results.close()
 
 
 def finish(results: ResultsFolder, task: Task) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.image import open_image
+from eval.mmbench_choice import read_choice
 from eval.tally import Part, mean_part
 from eval.task import OFFICIAL, Benchmark, Question, Scored, Task
 
@@ -67,16 +68,6 @@ LMMS_EVAL_ANNOUNCEMENTS = {"en": "There are several options:", "zh": "有如下�
 MAX_NEW_TOKENS = {OFFICIAL: 1024, "lmms-eval": 1024, "vlmevalkit": 2048}
 TEMPLATES = {OFFICIAL: "vicuna_v1", "lmms-eval": "vicuna_v1", "vlmevalkit": "llava_v1"}
 CHINESE = re.compile("[\u4e00-\u9fff]")
-MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
-STATED = re.compile(r"answer\s+is\s+\**([A-D])\**", re.IGNORECASE)
-WRAPPINGS = [("", mark) for mark in ("", ".", ",", ":", ")", ").")]
-WRAPPINGS += [("(", ")"), ("(", ").")] + [(":", mark) for mark in ("", ",", ".", ")", ").")]
 
 
 @dataclass(frozen=True)
@@ -334,42 +325,6 @@ def count(questions: Sequence[Question], predictions: Sequence[str], rule: str) 
                 for name, places in sorted(by_name.items())
             }
     return Scored(list(credits), parts)
-
-
-def read_choice(prediction: str, options: Mapping[str, str], rule: str) -> str:
-    """Return the letter of the option that an answer chooses, "" for none (the rules are at the head of this file)."""
-    letter = _read_wrapped_letter(prediction) if rule == "lmms-eval" else _read_letter(prediction, options, rule)
-    if letter is not None:
-        return letter
-    if rule == "vlmevalkit" and len(prediction) > 2 * sum(len(text) for text in options.values()):
-        return ""
-    named = [letter for letter, text in options.items() if text.lower() in prediction.lower()]
-    return named[0] if len(named) == 1 else ""
-
-
-def _read_letter(prediction: str, options: Mapping[str, str], rule: str) -> str | None:
-    """Return the letter, "" where the model chooses none of them, None where its words are to be looked at."""
-    if any(refusal in prediction for refusal in REFUSALS):
-        return ""
-    words = prediction.translate(MARKS).split()
-    found = [letter for letter in options if letter in words]
-    if len(found) == 1 and (rule == OFFICIAL or found[0] not in words[:-4]):
-        return found[0]
-    if not found and "Z" in words:
-        return ""
-    if rule == "vlmevalkit" and (stated := STATED.search(prediction)) and stated[1].upper() in options:
-        return stated[1].upper()
-    return None
-
-
-def _read_wrapped_letter(prediction: str) -> str | None:
-    words = prediction.split()
-    for before, after in WRAPPINGS:
-        found = [letter for letter in "ABCDE" if before + letter + after in words]
-        is_article = before == after == "" and "A" in words and len(words) > 3
-        if len(found) == 1 and not is_article:
-            return found[0]
-    return None
 
 
 def write_submission(task: Task, predictions: Sequence[str], folder: Path) -> Path:

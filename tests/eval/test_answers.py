@@ -41,8 +41,7 @@ def answer(results: ResultsFolder, at_most: int = 99, text: str = "red") -> None
     for number in results.remaining[:at_most]:
         row = {"question_id": QUESTIONS[number].question_id, "prediction": text}
         results.add([row | {"num_prompt_tokens": 70, "num_tokens": 2}])
-    assert results.journal is not None
-    results.journal.close()
+    results.close()
 
 
 def finish(results: ResultsFolder) -> dict[str, Any]:
@@ -127,6 +126,7 @@ def test_scores_and_predictions_read_back(tmp_path: Path) -> None:
     for number in results.remaining:
         row = {"question_id": QUESTIONS[number].question_id, "prediction": texts[number % len(texts)]}
         results.add([row | {"num_prompt_tokens": 70, "num_tokens": 2}])
+    results.close()
     written = finish(results)
     result = load_result(tmp_path)
     assert result.questions == QUESTIONS

@@ -246,6 +246,27 @@ def test_a_killed_run_goes_on(
     assert load_result(tmp_path / "again/easy_vqa").predictions == result.predictions
 
 
+def test_a_broken_picture_stops_the_run_and_costs_no_answer(
+    few_questions: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[str | Path] = ["--task", "easy_vqa", "--model-path", run_folder / "final", "--data", few_questions]
+    pictures = few_questions / "easy_vqa/images"
+    whole = pictures.resolve()
+    pictures.unlink()
+    shutil.copytree(whole, pictures)
+    last = load_rows(few_questions / "easy_vqa/test.jsonl")[-1]["image"]
+    (pictures / last).write_bytes((whole / last).read_bytes()[:60])
+    with pytest.raises(SystemExit) as ended:
+        score(capsys, monkeypatch, *arguments, "--batch-size", "2")
+    assert str(ended.value).startswith(f"error: picture {last}: cannot read")
+    journal = run_folder / "eval/easy_vqa/answers/rank-0-of-1.jsonl"
+    kept = journal.read_bytes().count(b"\n") - 1
+    assert 0 < kept < NUM_QUESTIONS
+    (pictures / last).write_bytes((whole / last).read_bytes())
+    score(capsys, monkeypatch, *arguments)
+    assert load_result(run_folder / "eval/easy_vqa").scores["n"] == NUM_QUESTIONS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

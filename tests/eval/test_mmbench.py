@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.mmbench import MMBENCH, MMBENCH_CN, RULES, read_choice
+from eval.mmbench import MMBENCH, MMBENCH_CN, RULES
+from eval.mmbench_choice import read_choice
 from eval.task import Question, Scored, Task
 
 HEADER = (
