@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from eval.measure import run_in_new_process
 from eval.speed_data import count_workers, list_goals, measure_memory
 from eval.speed_data_files import TINY, make_conversation, make_files, make_picture
 from eval.speed_data_loading import (
@@ -201,13 +202,19 @@ def test_conversations_have_their_words() -> None:
         assert [turn["value"].count("<image>") for turn in turns] == [int(has_image)] + [0] * (len(turns) - 1)
 
 
-def test_memory_that_is_filled_is_seen() -> None:
-    num_bytes = 50_000_000
+def fill_memory(num_bytes: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what is measured before and after so many bytes are written to."""
     with mmap.mmap(-1, num_bytes) as filled:  # not of the heap, which has room that others left
         before = measure_memory()
         for place in range(0, num_bytes, mmap.PAGESIZE):
             filled[place] = 1
-        after = measure_memory()
+        return before, measure_memory()
+
+
+def test_memory_that_is_filled_is_seen() -> None:
+    """In a process of its own: this one's other tests may be giving memory back."""
+    num_bytes = 50_000_000
+    before, after = run_in_new_process(fill_memory, num_bytes)
     for figure in ("private_bytes", "pss_bytes"):
         assert after[figure] - before[figure] == pytest.approx(num_bytes, rel=0.1)
 
