@@ -38,7 +38,7 @@ MAX_SIDE = 16_384  # pixels
 MAX_ASPECT = 2000  # long side to short side
 
 
-def open_image(file: Path | IO[bytes]) -> Image.Image:
+def open_image(file: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture as RGB, upright.
 
     Raises: FileNotFoundError, or ValueError for what is no readable picture or is larger than the limits above.
@@ -48,7 +48,7 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
         raise FileNotFoundError(f"image {name} is missing")
     try:
         with Image.open(file, formats=FORMATS) as image:
-            check_size(image.width, image.height)
+            check_size(image.width, image.height, max_pixels)
             return convert_to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}") from error
@@ -79,12 +79,12 @@ def reduce_to_8_bits(image: Image.Image) -> np.ndarray:
     return np.where(values == transparent, 255, values >> 8).astype(np.uint8)
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raises: ValueError for a picture whose processing would need gigabytes."""
     long, short = max(width, height), max(1, min(width, height))
-    if width * height > MAX_PIXELS or long > MAX_SIDE or long > MAX_ASPECT * short:
+    if width * height > max_pixels or long > MAX_SIDE or long > MAX_ASPECT * short:
         raise ValueError(
-            f"{width} x {height} pixels, the limits are {MAX_PIXELS} pixels, {MAX_SIDE} a side and a long side of "
+            f"{width} x {height} pixels, the limits are {max_pixels} pixels, {MAX_SIDE} a side and a long side of "
             f"{MAX_ASPECT} times the short one: make it smaller"
         )
 

@@ -8,7 +8,7 @@ between exporters (▁ before a text or not), and would take "</s>" or "<image>"
 import codecs
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -118,19 +118,17 @@ class StreamDecoder:
         return text
 
 
-def stop_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pass an answer's pieces on up to the first of `stops`; what may be the beginning of one is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        places = [held.index(stop) for stop in stops if stop in held]
-        if places:
-            yield held[: min(places)]
-            return
-        unclear = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - unclear]
-        held = held[len(held) - unclear :]
-    yield held
+def cut_at_stop(text: str, stops: Sequence[str], is_whole: bool) -> tuple[str, bool]:
+    """Return an answer up to the first of `stops`, and whether there was one.
+
+    Where the answer is not whole yet, what may be the beginning of a stop is left out, too: what was shown once is
+    never taken back.
+    """
+    places = [text.index(stop) for stop in stops if stop in text]
+    if places:
+        return text[: min(places)], True
+    unclear = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text if is_whole else text[: len(text) - unclear], False
 
 
 def _parse_sentencepiece(content: bytes) -> tuple[list[str], set[str], Split]:

@@ -311,6 +311,11 @@ def check_adapter(model: Llava, adapter: Adapter) -> None:
         )  # fmt: skip
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Tell whether there is anything that `use_adapters` could choose."""
+    return _find_choice(model) is not None
+
+
 @contextmanager
 def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Run what the block runs through other adapters; afterwards the choice is what it was.

@@ -15,7 +15,7 @@ import tokenizers
 
 from data.conversation import IMAGE_TOKEN_ID, SYSTEM
 from data.tiny.build_tokenizer import VOCAB_SIZE, build_tokenizer
-from data.tokenizer import SPACE, StreamDecoder, Tokenizer, find_tokenizer, stop_at
+from data.tokenizer import SPACE, StreamDecoder, Tokenizer, cut_at_stop, find_tokenizer
 from tests.conftest import TINY_TOKENIZER
 from tests.data.tokenizer_json import (
     EXPORTERS,
@@ -406,9 +406,10 @@ def test_no_part_of_a_stop_text_is_shown(text: str, stops: list[str], expected: 
     source = random.Random(0)
     for _ in range(50):
         cuts = sorted(source.choices(range(len(text) + 1), k=source.randint(0, 6)))
-        pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         shown = ""
-        for piece in stop_at(pieces, stops):
-            shown += piece
-            assert expected.startswith(shown)
-        assert shown == expected
+        for end in cuts:
+            now, _ = cut_at_stop(text[:end], stops, is_whole=False)
+            assert now.startswith(shown)
+            assert expected.startswith(now)
+            shown = now
+        assert cut_at_stop(text, stops, is_whole=True) == (expected, expected != text)

@@ -1,0 +1,62 @@
+"""What page and API share: the voices, the line before them, and what may be asked."""
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL.Image import Image
+
+from data.conversation import Turn
+from demo.line import Line, Ticket
+from demo.voice import Answer, Settings, Voice, speak
+
+MAX_CHARACTERS = 20_000  # of a conversation; tokens are counted when its turn comes
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device has no room for this conversation beside the weights."""
+
+
+@dataclass(frozen=True)
+class Service:
+    voices: Sequence[Voice]
+    line: Line
+    max_new_tokens: int  # the most anybody may ask for
+
+    def find(self, name: str) -> Voice:
+        """Raises: ValueError for a voice there is not."""
+        for voice in self.voices:
+            if voice.name == name:
+                return voice
+        raise ValueError(f"no model {name!r}: there are {', '.join(voice.name for voice in self.voices)}")
+
+    def ask(
+        self, voices: Sequence[Voice], turns: Sequence[Turn], picture: Image | None, settings: Settings
+    ) -> Ticket[list[Answer]]:
+        """Stand in line with a question. Raises: ValueError for what may not be asked, LineFullError."""
+        num_characters = sum(len(turn.text) for turn in turns)
+        if num_characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"the conversation has {num_characters} characters, the limit is {MAX_CHARACTERS}: start a new one"
+            )
+        if not 1 <= settings.max_new_tokens <= self.max_new_tokens:
+            raise ValueError(f"{settings.max_new_tokens} new tokens, expected 1 to {self.max_new_tokens}")
+        return self.line.join(lambda: keep_memory(speak(voices, turns, picture, settings)))
+
+
+def keep_memory(steps: Generator) -> Generator:
+    """Pass on what comes; where memory ends, free it before somebody is told.
+
+    Raises: OutOfMemoryError.
+    """
+    try:
+        with contextlib.closing(steps):
+            yield from steps
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():  # as CPUs and GPUs put it
+            raise
+        error.__traceback__ = None  # its frames hold the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError("out of memory") from None
