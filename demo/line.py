@@ -1,9 +1,10 @@
 """One job at a time on a device, the others wait in line: first come, first served, and the line has an end."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -64,13 +65,14 @@ class Ticket(Generic[T]):
 
     def __init__(self, line: Line, job: Job[T]) -> None:
         self.line, self.job = line, job
-        self.results: SimpleQueue[T] = SimpleQueue()
+        self.results: Queue[T] = Queue(maxsize=1)
         self.outcome: Exception | None = None
         self.is_done, self.has_left = threading.Event(), False
 
     def follow(self) -> Generator[int | T, None, None]:
         """Yield how many jobs are before this one whenever that changes; then what the job yields.
 
+        A job yields what is known so far: of several results that came in between, only the last one is passed on.
         Whoever stops reading leaves the line, and a job that runs ends after its present step.
         Raises: whatever the job raised.
         """
@@ -87,16 +89,23 @@ class Ticket(Generic[T]):
             if self.outcome is not None:
                 raise self.outcome
         finally:
-            self.has_left = True
-            self.line.forget(self)
+            self.leave()
+
+    def leave(self) -> None:
+        """Give the place up."""
+        self.has_left = True
+        self.line.forget(self)
 
     def work(self) -> None:
-        """Do the job, in the line's thread."""
+        """Do the job, in the line's thread, which is the only one that puts results."""
         try:
-            steps = self.job()
-            while not self.has_left and (result := next(steps, None)) is not None:
-                self.results.put(result)
-            steps.close()
+            with contextlib.closing(self.job()) as steps:
+                for result in steps:
+                    with contextlib.suppress(Empty):
+                        self.results.get_nowait()
+                    self.results.put(result)
+                    if self.has_left:
+                        break
         except Exception as error:  # of any kind: it is raised where somebody waits for the result
             self.outcome = error
         finally:

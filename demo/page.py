@@ -1,5 +1,7 @@
 """What the tabs of the page share: uploaded pictures, words for what goes wrong, and for what an answer cost."""
 
+import html
+import secrets
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -9,14 +11,36 @@ import gradio as gr
 from PIL.Image import Image
 
 from demo.line import LineFullError, Ticket
+from demo.look_page import make_look_page
 from demo.pictures import read_picture
-from demo.service import OutOfMemoryError
-from demo.voice import Answer
+from demo.service import Look, OutOfMemoryError, Service
+from demo.voice import Answer, Settings
 from demo.words import Words
+from model.sampling import Sampling
 
 T = TypeVar("T")
 
+# A frame may not be measured from outside: the document says how high it is, and is told the page's theme.
+LOOK_JS = """
+window.addEventListener("message", (event) => {
+    for (const frame of document.querySelectorAll("iframe.look")) {
+        if (frame.contentWindow !== event.source || !(event.data?.lookHeight > 0)) continue;
+        frame.style.height = `${Math.min(event.data.lookHeight, 20000)}px`;
+        const theme = document.body.classList.contains("dark") ? "dark" : "light";
+        frame.contentWindow.postMessage({theme}, "*");
+    }
+});
+"""
+
 TEXTS = {
+    "page_temperature": ("Temperature", "温度"),
+    "page_temperature_info": (
+        "0: always the likeliest word, the same answer each time",
+        "0：总取最可能的词，每次回答相同",
+    ),
+    "page_top_p": ("Top-p", "Top-p"),
+    "page_top_p_info": ("draw from this much of the probability", "从累计概率达到该值的词中抽取"),
+    "page_length": ("Longest answer, in tokens", "回答的最大长度（词元）"),
     "page_waiting": ("⏳ {place} before you …", "⏳ 前面还有 {place} 个请求……"),
     "page_working": ("✳ looking …", "✳ 正在看图……"),
     "page_stopped": ("stopped", "已停止"),
@@ -42,6 +66,23 @@ TEXTS = {
     "page_refused": ("This cannot be asked: {reason}", "无法处理这个请求：{reason}"),
     "page_broken": ("Something went wrong on the server; its terminal says what.", "服务器出错，详情见其终端。"),
 }  # fmt: skip
+
+
+def build_settings(service: Service, words: Words) -> list[gr.Component]:
+    """Make the sliders whose values `read_settings` takes."""
+    temperature = gr.Slider(
+        0, 2, 0, step=0.05, label=words.label("page_temperature"), info=words.label("page_temperature_info")
+    )
+    top_p = gr.Slider(0.05, 1, 1, step=0.05, label=words.label("page_top_p"), info=words.label("page_top_p_info"))
+    most = service.max_new_tokens
+    length = gr.Slider(1, most, min(512, most), step=1, label=words.label("page_length"))
+    return [temperature, top_p, length]
+
+
+def read_settings(temperature: float, top_p: float, length: float) -> Settings:
+    """Raises: ValueError for values that no slider has."""
+    sampling = Sampling(float(temperature), float(top_p), secrets.randbelow(2**31))
+    return Settings(int(length), sampling)
 
 
 def open_upload(file: str | None, words: Words, request: gr.Request | None) -> Image:
@@ -87,3 +128,11 @@ def describe_cost(answer: Answer, words: Words, request: gr.Request | None) -> s
     }  # fmt: skip
     told = words.say("page_cost", request, **cost)
     return f"{told} · {words.say('page_cut', request)}" if answer.is_cut else told
+
+
+def frame_look(look: Look, picture: Image, language: str) -> str:
+    """Return the document about the inside as a frame of the page; it can run its scripts, and reach nothing else."""
+    document = make_look_page(
+        look.inside, picture, look.input_ids, look.num_answer_tokens, look.voice.tokenizer, look.question, language
+    )
+    return f'<iframe class="look" sandbox="allow-scripts" srcdoc="{html.escape(document)}"></iframe>'

@@ -9,13 +9,25 @@ from PIL.Image import Image
 
 from data.conversation import Turn
 from demo.line import Line, Ticket
-from demo.voice import Answer, Settings, Voice, speak
+from demo.voice import Answer, Settings, Voice, choose_adapters, speak
+from model.inside import Inside, look_inside
 
 MAX_CHARACTERS = 20_000  # of a conversation; tokens are counted when its turn comes
 
 
 class OutOfMemoryError(RuntimeError):
     """The device has no room for this conversation beside the weights."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """An answer with what happened inside the model, and the tokens of the whole conversation."""
+
+    voice: Voice
+    question: str
+    input_ids: list[int]
+    num_answer_tokens: int
+    inside: Inside
 
 
 @dataclass(frozen=True)
@@ -35,14 +47,32 @@ class Service:
         self, voices: Sequence[Voice], turns: Sequence[Turn], picture: Image | None, settings: Settings
     ) -> Ticket[list[Answer]]:
         """Stand in line with a question. Raises: ValueError for what may not be asked, LineFullError."""
-        num_characters = sum(len(turn.text) for turn in turns)
-        if num_characters > MAX_CHARACTERS:
-            raise ValueError(
-                f"the conversation has {num_characters} characters, the limit is {MAX_CHARACTERS}: start a new one"
-            )
+        check_length(turns)
         if not 1 <= settings.max_new_tokens <= self.max_new_tokens:
             raise ValueError(f"{settings.max_new_tokens} new tokens, expected 1 to {self.max_new_tokens}")
         return self.line.join(lambda: keep_memory(speak(voices, turns, picture, settings)))
+
+    def look(self, voice: Voice, turns: Sequence[Turn], picture: Image | None) -> Ticket[Look]:
+        """Stand in line to look inside the last answer of `turns`. Raises: ValueError, LineFullError."""
+        check_length(turns)
+
+        def job() -> Generator[Look, None, None]:
+            input_ids = voice.render(turns).input_ids
+            num_answer = len(input_ids) - len(voice.render(turns[:-1]).input_ids)
+            with choose_adapters([voice]):
+                inside = look_inside(voice.model, torch.tensor(input_ids), voice.see(picture), num_answer)
+            yield Look(voice, turns[-2].text, input_ids, num_answer, inside)
+
+        return self.line.join(lambda: keep_memory(job()))
+
+
+def check_length(turns: Sequence[Turn]) -> None:
+    """Raises: ValueError for a conversation that is too long to be tokenised for a stranger."""
+    num_characters = sum(len(turn.text) for turn in turns)
+    if num_characters > MAX_CHARACTERS:
+        raise ValueError(
+            f"the conversation has {num_characters} characters, the limit is {MAX_CHARACTERS}: start a new one"
+        )
 
 
 def keep_memory(steps: Generator) -> Generator:
