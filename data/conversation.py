@@ -257,14 +257,15 @@ def format_tokens(rendered: Rendered, tokenizer: Tokenizer, in_color: bool) -> s
     parts = []
     pairs = zip(rendered.input_ids, rendered.labels, strict=True)
     for is_learned, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
-        text = " ".join(_name_tokens([token_id for token_id, _ in run], tokenizer))
+        text = " ".join(name_tokens([token_id for token_id, _ in run], tokenizer))
         if is_learned:
             text = f"\033[32m{text}\033[0m" if in_color else f"[{text}]"
         parts.append(text)
     return " ".join(parts)
 
 
-def _name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+def name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return what the tokens are called: an image is one name, and so are the bytes of a character."""
     names = []
     for is_byte, run in itertools.groupby(ids, tokenizer.byte_of_id.__contains__):
         if is_byte:

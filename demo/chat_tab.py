@@ -6,7 +6,7 @@ The conversation lives in the browser and comes back with every question, so the
 import html
 import json
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from PIL import Image
 
 from data.conversation import IMAGE_MARKER, Turn
 from demo.line import Ticket
-from demo.page import build_settings, describe_cost, follow, frame_look, open_upload, read_settings, tell
+from demo.page import (
+    Asking,
+    Askings,
+    build_settings,
+    describe_cost,
+    follow,
+    frame_look,
+    open_upload,
+    read_settings,
+    tell,
+)
 from demo.pictures import fetch
 from demo.service import Look, Service
 from demo.voice import Answer
@@ -46,6 +56,14 @@ TEXTS = {
     "chat_nothing": ("Ask something first.", "请先提一个问题。"),
 }
 
+
+# Beside the conversation, or on a phone below it, is what one seldom needs.
+CSS = """
+#chat-grid { display: grid; grid-template: "picture chat" auto "options chat" 1fr / minmax(0, 2fr) minmax(0, 3fr); }
+#chat-left { grid-area: picture; } #chat-right { grid-area: chat; } #chat-options { grid-area: options; }
+#chat-grid > * { min-width: 0 !important; }
+@media (max-width: 700px) { #chat-grid { grid-template: "picture" "chat" "options" / minmax(0, 1fr); } }
+"""
 
 # Stores a text as a file, in the browser: on the server it would have to be kept for somebody to fetch.
 SAVE_JS = """(text) => {
@@ -138,34 +156,46 @@ class Chat:
     """What happens when something is pressed."""
 
     def __init__(self, service: Service, words: Words) -> None:
-        self.service, self.words = service, words
+        self.service, self.words, self.askings = service, words, Askings()
 
     def ask(
         self, question: str, messages: Messages, picture: str | None, voice: str, temperature: float, top_p: float,
         length: float, request: gr.Request,
     ) -> Generator[list[Any], None, None]:  # fmt: skip
         """Yield what the question box, the conversation, the line below, Send and Stop show while an answer comes."""
-        try:
-            if not question.strip():
-                raise tell("page_no_question", self.words, request)
-            image = open_upload(picture, self.words, request)
-            asked = [*messages, {"role": "user", "text": question}]
-            told, text = "", ""
 
-            def join() -> Ticket[list[Answer]]:
-                settings = read_settings(temperature, top_p, length)
-                return self.service.ask([self.service.find(voice)], read_turns(asked), image, settings)
+        def join(turns: Sequence[Turn], image: Image.Image) -> Ticket[list[Answer]]:
+            settings = read_settings(temperature, top_p, length)
+            return self.service.ask([self.service.find(voice)], turns, image, settings)
 
-            for step in follow(join, self.words, request):
-                if isinstance(step, str):
-                    told = step
-                else:
-                    told, text = describe_cost(step[0], self.words, request), step[0].text
-                yield ["", [*asked, {"role": "assistant", "text": text}], told, *_show_buttons(is_running=True)]
+        with self.askings.begin(request) as asking:
+            try:
+                yield from self._answer(question, messages, picture, join, asking, request)
+            except gr.Error as error:  # nothing is lost: the question goes back to where it was typed
+                yield [question, messages, error.message, *_show_buttons(is_running=False)]
+                raise
+
+    def _answer(
+        self, question: str, messages: Messages, picture: str | None,
+        join: Callable[[Sequence[Turn], Image.Image], Ticket[list[Answer]]], asking: Asking, request: gr.Request,
+    ) -> Generator[list[Any], None, None]:  # fmt: skip
+        if not question.strip():
+            raise tell("page_no_question", self.words, request)
+        image = open_upload(picture, self.words, request)
+        asked = [*messages, {"role": "user", "text": question}]
+        told, text = "", ""
+        for step in follow(lambda: join(read_turns(asked), image), asking, self.words, request):
+            if not isinstance(step, str):
+                told, text = describe_cost(step[0], self.words, request), step[0].text
+            elif not text:
+                told = step
+            yield ["", [*asked, {"role": "assistant", "text": text}], told, *_show_buttons(is_running=True)]
+        if asking.is_stopped:
+            told = self.words.say("page_stopped", request) + (f" · {told}" if text else "")
+        if asking.is_stopped and not text:
+            yield [question, messages, told, *_show_buttons(is_running=False)]
+        else:
             yield ["", [*asked, {"role": "assistant", "text": text}], told, *_show_buttons(is_running=False)]
-        except gr.Error as error:  # nothing is lost: the question goes back to where it was typed
-            yield [question, messages, error.message, *_show_buttons(is_running=False)]
-            raise
 
     def look(
         self, messages: Messages, picture: str | None, voice: str, request: gr.Request
@@ -178,8 +208,17 @@ class Chat:
         def join() -> Ticket[Look]:
             return self.service.look(self.service.find(voice), read_turns(messages), image)
 
-        for step in follow(join, self.words, request):
-            yield step if isinstance(step, str) else frame_look(step, image, self.words.choose(request))
+        with self.askings.begin(request) as asking:
+            for step in follow(join, asking, self.words, request):
+                yield step if isinstance(step, str) else frame_look(step, image, self.words.choose(request))
+
+    def stop(self, request: gr.Request) -> None:
+        self.askings.stop(request)
+
+    def start_anew(self, request: gr.Request) -> list[Any]:
+        """Return an empty conversation, an empty line below and no look inside; what was asked is stopped."""
+        self.askings.stop(request)
+        return [[], "", ""]
 
     def load_address(self, address: str, request: gr.Request) -> tuple[Image.Image, str]:
         """Return the picture that lies at an address, and an empty box."""
@@ -214,28 +253,24 @@ def _show_buttons(is_running: bool) -> tuple[Any, Any]:
 def build_chat(service: Service, words: Words, examples: Sequence[tuple[str, str]]) -> None:
     """Make the tab's contents. Args: examples: pictures' files, each with a question."""
     label, chat, names = words.label, Chat(service, words), [voice.name for voice in service.voices]
-    with gr.Row():
-        with gr.Column(scale=2, min_width=320):
+    with gr.Row(elem_id="chat-grid"):
+        with gr.Column(elem_id="chat-left"):
             picture = gr.Image(
                 type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label("chat_picture"),
                 height=320, elem_id="chat-picture", buttons=["fullscreen"],
             )  # fmt: skip
-            address = gr.Textbox(show_label=False, placeholder=label("chat_address"), max_lines=1, container=False)
-            question = gr.Textbox(
-                show_label=False, placeholder=label("chat_question"), container=False, scale=5, lines=1, max_lines=6,
-                autofocus=True, elem_id="chat-question", render=False,
+            address = gr.Textbox(
+                show_label=False, placeholder=label("chat_address"), max_lines=1, container=False,
+                elem_id="chat-address",
             )  # fmt: skip
-            if examples:
-                pairs = [list(pair) for pair in examples]
-                gr.Examples(pairs, [picture, question], label=label("chat_examples"), elem_id="chat-examples")
-            voice = gr.Dropdown(names, value=names[-1], label=label("chat_voice"), visible=len(names) > 1)
-            with gr.Accordion(label("chat_settings"), open=False):
-                settings = build_settings(service, words)
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(elem_id="chat-right"):
             chatbot = make_chatbot(words)
-            status = gr.Markdown(elem_classes="status", sanitize_html=True)
+            status = gr.Markdown(elem_classes="status", elem_id="chat-status", sanitize_html=True)
             with gr.Row():
-                question.render()
+                question = gr.Textbox(
+                    show_label=False, placeholder=label("chat_question"), container=False, scale=5, lines=1,
+                    max_lines=6, autofocus=True, elem_id="chat-question",
+                )  # fmt: skip
                 send = gr.Button(label("chat_send"), variant="primary", scale=1, min_width=80, elem_id="chat-send")
                 stop = gr.Button(
                     label("chat_stop"), variant="stop", scale=1, min_width=80, visible=False, elem_id="chat-stop"
@@ -245,30 +280,30 @@ def build_chat(service: Service, words: Words, examples: Sequence[tuple[str, str
                 again = gr.Button(label("chat_again"), size="sm", min_width=100, elem_id="chat-again")
                 clear = gr.Button(label("chat_clear"), size="sm", min_width=100, elem_id="chat-clear")
                 save = gr.Button(label("chat_save"), size="sm", min_width=100, elem_id="chat-save")
+        with gr.Column(elem_id="chat-options"):
+            voice = gr.Dropdown(names, value=names[-1], label=label("chat_voice"), visible=len(names) > 1)
+            with gr.Accordion(label("chat_settings"), open=False, elem_id="chat-settings"):
+                settings = build_settings(service, words)
+            if examples:
+                pairs = [list(pair) for pair in examples]
+                gr.Examples(pairs, [picture, question], label=label("chat_examples"), elem_id="chat-examples")
     inside = gr.HTML(elem_id="inside")
     saved = gr.Textbox(visible=False)
 
     running = [question, chatbot, status, send, stop]
     asked = [question, chatbot, picture, voice, *settings]
-    answers = [gr.on([question.submit, send.click], chat.ask, asked, running, api_visibility="private")]
+    gr.on([question.submit, send.click], chat.ask, asked, running, api_visibility="private")
     for event, prepare in ((chatbot.retry, take_back), (chatbot.edit, edit), (again.click, take_back)):
         prepared = event(prepare, chatbot, [question, chatbot], api_visibility="private")
-        answers.append(prepared.success(chat.ask, asked, running, api_visibility="private"))
-    looking = look.click(chat.look, [chatbot, picture, voice], inside, api_visibility="private")
+        prepared.success(chat.ask, asked, running, api_visibility="private")
+    look.click(chat.look, [chatbot, picture, voice], inside, api_visibility="private")
+    stop.click(chat.stop, api_visibility="private")
     chatbot.undo(take_back, chatbot, [question, chatbot], api_visibility="private")
     address.submit(chat.load_address, address, [picture, address], api_visibility="private")
-
-    def stop_running(request: gr.Request) -> list[Any]:
-        return [words.say("page_stopped", request), *_show_buttons(is_running=False)]
-
-    def start_anew() -> list[Any]:
-        return [[], "", "", *_show_buttons(is_running=False)]
-
-    stop.click(stop_running, None, [status, send, stop], cancels=[*answers, looking], api_visibility="private")
     # A conversation is about one picture.
     gr.on(
-        [clear.click, chatbot.clear, picture.change], start_anew, None, [chatbot, status, inside, send, stop],
-        cancels=[*answers, looking], api_visibility="private",
+        [clear.click, chatbot.clear, picture.change], chat.start_anew, None, [chatbot, status, inside],
+        api_visibility="private",
     )  # fmt: skip
     save.click(chat.save, [chatbot, picture, voice], saved, api_visibility="private").success(
         None, saved, None, js=SAVE_JS, api_visibility="private"

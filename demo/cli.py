@@ -18,8 +18,7 @@ import torch  # noqa: E402
 from PIL.Image import Image  # noqa: E402
 
 from data.conversation import IMAGE_MARKER, Turn  # noqa: E402
-from data.image import open_image  # noqa: E402
-from data.web import fetch_picture, is_url  # noqa: E402
+from demo.pictures import open_picture  # noqa: E402
 from demo.voice import Answer, Settings, Voice, add_model_arguments, load_voice, speak  # noqa: E402
 from model.sampling import Sampling  # noqa: E402
 
@@ -54,11 +53,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def open_picture(name: str) -> Image:
-    """Read a picture from a file or the web."""
-    return open_image(fetch_picture(name) if is_url(name) else Path(name))
 
 
 def chat(

@@ -70,29 +70,26 @@ class Ticket(Generic[T]):
         self.is_done, self.has_left = threading.Event(), False
 
     def follow(self) -> Generator[int | T, None, None]:
-        """Yield how many jobs are before this one whenever that changes; then what the job yields.
+        """Yield what the job yields, and while there is nothing new, every POLL_S, how many jobs are before this one.
+
+        Gradio closes the generator of a page that is gone where it yields, and closes no other one until then.
 
         A job yields what is known so far: of several results that came in between, only the last one is passed on.
-        Whoever stops reading leaves the line, and a job that runs ends after its present step.
-        Raises: whatever the job raised.
+        Whoever stops reading leaves the line. Raises: whatever the job raised.
         """
-        place = None
         try:
-            while not (self.is_done.is_set() and self.results.empty()):
+            while not (self.has_left or (self.is_done.is_set() and self.results.empty())):
                 try:
                     yield self.results.get(timeout=POLL_S)
                 except Empty:
-                    now = self.line.count_before(self)
-                    if now != place and now > 0:
-                        yield now
-                    place = now
-            if self.outcome is not None:
+                    yield self.line.count_before(self)
+            if self.outcome is not None and not self.has_left:
                 raise self.outcome
         finally:
             self.leave()
 
     def leave(self) -> None:
-        """Give the place up."""
+        """Give the place up: nothing more is passed on, and a job that runs ends after its present step."""
         self.has_left = True
         self.line.forget(self)
 

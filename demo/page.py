@@ -1,7 +1,9 @@
 """What the tabs of the page share: uploaded pictures, words for what goes wrong, and for what an answer cost."""
 
+import contextlib
 import html
 import secrets
+import threading
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -19,6 +21,8 @@ from demo.words import Words
 from model.sampling import Sampling
 
 T = TypeVar("T")
+
+STOP_TIMEOUT_S = 10.0  # for a page that is gone, and hears nothing any more
 
 # A frame may not be measured from outside: the document says how high it is, and is told the page's theme.
 LOOK_JS = """
@@ -100,15 +104,67 @@ def tell(key: str, words: Words, request: gr.Request | None, **values: object) -
     return gr.Error(words.say(key, request, **values), duration=None, title="", print_exception=False)
 
 
-def follow(join: Callable[[], Ticket[T]], words: Words, request: gr.Request | None) -> Generator[str | T, None, None]:
-    """Stand in line; yield where in it as a text, then the job's results.
+class Asking:
+    """What an open page is waiting for."""
+
+    def __init__(self) -> None:
+        self.ticket: Ticket | None = None
+        self.is_stopped = False
+        self.has_ended = threading.Event()
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        if self.ticket is not None:
+            self.ticket.leave()
+
+
+class Askings:
+    """What all open pages are waiting for: each for one thing, which it can stop.
+
+    Gradio's own way, `cancels`, breaks off what it cancels, whose last words may then come after those of who stopped
+    it, or not at all. Here the stopped one ends by itself.
+    """
+
+    def __init__(self) -> None:
+        self.now: dict[str, Asking] = {}  # by the name that Gradio gives an open page
+
+    @contextlib.contextmanager
+    def begin(self, request: gr.Request) -> Generator[Asking, None, None]:
+        """Wait for something new; what the page waited for before is stopped."""
+        self.stop(request)
+        asking = self.now[request.session_hash or ""] = Asking()
+        try:
+            yield asking
+        finally:
+            asking.has_ended.set()
+            if self.now.get(request.session_hash or "") is asking:
+                del self.now[request.session_hash or ""]
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop what the page waits for, and return after all that it has to show was shown."""
+        asking = self.now.get(request.session_hash or "")
+        if asking is not None:
+            asking.stop()
+            asking.has_ended.wait(STOP_TIMEOUT_S)
+
+
+def follow(
+    join: Callable[[], Ticket[T]], asking: Asking, words: Words, request: gr.Request
+) -> Generator[str | T, None, None]:
+    """Stand in line; yield where in it as a text, then the job's results; end where it is stopped.
 
     Raises: gr.Error in the user's words.
     """
     try:
         yield words.say("page_working", request)
-        for result in join().follow():
-            yield words.say("page_waiting", request, place=result) if isinstance(result, int) else result
+        asking.ticket = join()
+        if asking.is_stopped:
+            asking.stop()
+        for result in asking.ticket.follow():
+            if isinstance(result, int):
+                yield words.say("page_waiting" if result else "page_working", request, place=result)
+            else:
+                yield result
     except LineFullError as error:
         raise tell("page_full", words, request) from error
     except OutOfMemoryError as error:

@@ -1,5 +1,7 @@
 """Pictures from strangers: how large one may be is known before it is decoded, and few are decoded at a time.
 
+Those that somebody names at his own terminal have the limits of `data/image.py` alone.
+
 What is kept of a picture are pixels: its notes (EXIF: place, time, camera) end here.
 """
 
@@ -14,7 +16,7 @@ from typing import IO
 from PIL import Image
 
 from data.image import open_image
-from data.web import fetch_picture
+from data.web import fetch_picture, is_url
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 40_000_000  # decoded with transparency: about 0.8 GB
@@ -39,6 +41,14 @@ def read_picture(file: Path | IO[bytes]) -> Image.Image:
         image = open_image(content, MAX_PIXELS)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
     return Image.frombytes("RGB", image.size, image.tobytes())  # only the pixels
+
+
+def open_picture(name: str) -> Image.Image:
+    """Read a picture from a file or the web, for whoever started the program.
+
+    Raises: FileNotFoundError or ValueError.
+    """
+    return open_image(fetch_picture(name) if is_url(name) else Path(name))
 
 
 def fetch(url: str) -> Image.Image:

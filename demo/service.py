@@ -9,9 +9,10 @@ from PIL.Image import Image
 
 from data.conversation import Turn
 from demo.line import Line, Ticket
-from demo.voice import Answer, Settings, Voice, choose_adapters, speak
-from model.inside import Inside, look_inside
+from demo.voice import Answer, Settings, Voice, look_into, speak
+from model.inside import Inside
 
+MAX_LOOK_NUMBERS = 20_000_000  # a byte each before they are compressed: 33 tokens of a 7B's answer, 21 of a 13B's
 MAX_CHARACTERS = 20_000  # of a conversation; tokens are counted when its turn comes
 
 
@@ -59,11 +60,17 @@ class Service:
         def job() -> Generator[Look, None, None]:
             input_ids = voice.render(turns).input_ids
             num_answer = len(input_ids) - len(voice.render(turns[:-1]).input_ids)
-            with choose_adapters([voice]):
-                inside = look_inside(voice.model, torch.tensor(input_ids), voice.see(picture), num_answer)
+            inside = look_into(voice, input_ids, picture, num_answer, count_words_to_show(voice))
             yield Look(voice, turns[-2].text, input_ids, num_answer, inside)
 
         return self.line.join(lambda: keep_memory(job()))
+
+
+def count_words_to_show(voice: Voice) -> int:
+    """Return how many tokens of an answer are looked into: what a browser has to load has a limit."""
+    config = voice.model.config
+    per_token = config.text.num_hidden_layers * config.text.num_attention_heads * config.vision.num_patches
+    return min(64, MAX_LOOK_NUMBERS // per_token)
 
 
 def check_length(turns: Sequence[Turn]) -> None:

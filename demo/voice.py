@@ -22,6 +22,7 @@ from data.tokenizer import StreamDecoder, Tokenizer, cut_at_stop, find_tokenizer
 from model.adapter_files import load_adapter
 from model.generate import generate_stream
 from model.hub import resolve_folder
+from model.inside import Inside, look_inside
 from model.llava import Llava
 from model.lora import DEFAULT, attach_adapter, has_adapters, use_adapters
 from model.quantize import pack_for_decoding
@@ -75,8 +76,8 @@ class Answer:
     is_cut: bool = False  # over because there was no room for more
     prompt_tokens: int = 0
     num_tokens: int = 0  # the end among them
-    first_s: float = 0.0  # from the question to the first token
-    total_s: float = 0.0
+    first_s: float = 0.0  # to the first token; of the model's own: others that take turns with it do not count
+    total_s: float = 0.0  # to the last one
 
     @property
     def tokens_per_s(self) -> float:
@@ -93,14 +94,16 @@ class _Speech:
     stop: tuple[str, ...]
     said: str = ""
     num_tokens: int = 0
+    total_s: float = 0.0
     visible: str = ""  # of it: what may be the beginning of a stop text is held back
     is_over: bool = False
     is_cut: bool = False
 
-    def push(self, token_id: int, is_last: bool) -> None:
+    def push(self, token_id: int, is_last: bool, total_s: float) -> None:
         if self.is_over:
             return
         self.num_tokens += 1
+        self.total_s = total_s
         has_ended = token_id == self.eos_token_id
         self.said += "" if has_ended else self.decoder.push(token_id)
         self.is_over, self.is_cut = has_ended or is_last, is_last and not has_ended
@@ -144,7 +147,7 @@ def _speak_together(
     speeches = [
         _Speech(StreamDecoder(voice.tokenizer), voice.tokenizer.eos_token_id, settings.stop) for voice in voices
     ]
-    first_s = 0.0
+    first_s = total_s = 0.0
     tokens = generate_stream(
         model, [torch.tensor(prompt) for prompt in prompts],
         None if pixel_values is None else pixel_values.expand(len(voices), -1, -1, -1),
@@ -154,14 +157,17 @@ def _speak_together(
         # The choice of adapters is the model's: between two steps it is left as it was, since others may run then.
         with choose_adapters(voices):
             token_ids = next(tokens).tolist()
-        total_s = time.perf_counter() - started
+        total_s += time.perf_counter() - started
         first_s = first_s or total_s
         for speech, token_id in zip(speeches, token_ids, strict=True):
-            speech.push(token_id, number == limit)
+            speech.push(token_id, number == limit, total_s)
         yield [
-            Answer(speech.visible, speech.is_over, speech.is_cut, len(prompt), speech.num_tokens, first_s, total_s)
+            Answer(
+                speech.visible, speech.is_over, speech.is_cut, len(prompt), speech.num_tokens, first_s, speech.total_s
+            )
             for speech, prompt in zip(speeches, prompts, strict=True)
-        ]
+        ]  # fmt: skip
+        started = time.perf_counter()
         if all(speech.is_over for speech in speeches):
             return
 
@@ -172,6 +178,14 @@ def choose_adapters(voices: Sequence[Voice]) -> contextlib.AbstractContextManage
     if not has_adapters(model):
         return contextlib.nullcontext()
     return use_adapters(model, [voice.adapter for voice in voices])
+
+
+def look_into(
+    voice: Voice, input_ids: list[int], picture: Image | None, num_answer_tokens: int, max_tokens: int
+) -> Inside:
+    """Run prompt and answer once more through the voice's adapter, and keep what the answer's tokens looked at."""
+    with choose_adapters([voice]):
+        return look_inside(voice.model, torch.tensor(input_ids), voice.see(picture), num_answer_tokens, max_tokens)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from data.names import translate  # noqa: E402
 from eval.answers import SCORES, Result, find_results, load_result, reopen_task  # noqa: E402
 from eval.comparison import Comparison, Line, compare_results, list_changes, split_changes  # noqa: E402
-from eval.names import translate  # noqa: E402
 from eval.page import escape, make_table, save_picture, to_html  # noqa: E402
 from eval.task import Task  # noqa: E402
 

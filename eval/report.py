@@ -16,16 +16,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from data.names import translate  # noqa: E402
+from data.run_words import show_count, show_interval, show_score  # noqa: E402
+from data.runs import CONFIG  # noqa: E402
 from eval.answers import Result  # noqa: E402
 from eval.compare import describe_comparison, open_pictures, show_changes  # noqa: E402
 from eval.comparison import Comparison, compare_results  # noqa: E402
-from eval.names import translate  # noqa: E402
 from eval.page import escape, make_table, print_pdf, to_html  # noqa: E402
 from eval.report_charts import draw_charts  # noqa: E402
 from eval.report_cv import write_cv  # noqa: E402
 from eval.report_facts import TRAINING, describe_change, describe_training, name_metric  # noqa: E402
-from eval.report_runs import CONFIG, Run, find_base, open_runs  # noqa: E402
-from eval.report_text import LANGUAGES, WORDS, fill, join_names, show_count, show_interval, show_score  # noqa: E402
+from eval.report_runs import AnsweredRun, find_base, open_runs  # noqa: E402
+from eval.report_text import LANGUAGES, WORDS, fill, join_names  # noqa: E402
 
 Words = Mapping[str, str]
 MAX_NAMES = 20  # of a breakdown; more are in scores.json
@@ -83,7 +85,7 @@ def write_report(folders: Sequence[Path], out: Path, language: str = "en", data:
     return print_pdf(out / "report.html", out / "report.pdf")
 
 
-def compare_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
+def compare_runs(runs: Sequence[AnsweredRun]) -> dict[str, Comparison]:
     """Put the last run beside the first in every task that both answered and that can be scored here."""
     first, last = runs[0].results, runs[-1].results
     shared = [name for name in last if name in first and len(runs) > 1]
@@ -94,7 +96,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
     }
 
 
-def summarize(runs: Sequence[Run], words: Words) -> str:
+def summarize(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return a paragraph: what the last run is, and its scores."""
     last = runs[-1]
     sentences = [fill(words["summary trained"], describe_training(last, words))] if last.config else []
@@ -103,7 +105,7 @@ def summarize(runs: Sequence[Run], words: Words) -> str:
     return words["space"].join(filter(None, sentences))
 
 
-def show_training(runs: Sequence[Run], words: Words) -> str:
+def show_training(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return the table of what was trained on what; rows that no run knows are left out."""
     trained = [run for run in runs if run.config]
     blocks = []
@@ -116,12 +118,12 @@ def show_training(runs: Sequence[Run], words: Words) -> str:
     return "\n".join(blocks)
 
 
-def show_curves(runs: Sequence[Run], out: Path, words: Words) -> str:
+def show_curves(runs: Sequence[AnsweredRun], out: Path, words: Words) -> str:
     charts = draw_charts([run for run in runs if run.rows], out, words)
     return "\n\n".join(f"### {words[f'{kind} chart']}\n\n{chart}" for kind, chart in charts.items())
 
 
-def show_evaluation(runs: Sequence[Run], words: Words) -> str:
+def show_evaluation(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return every task's scores, and under them all that decided them."""
     tasks = list(dict.fromkeys(name for run in runs for name in run.results))
     blocks = [show_task(task, {run.name: run.results[task] for run in runs if task in run.results}, words)
@@ -216,7 +218,7 @@ def _join(settings: Mapping[str, str]) -> str:
     return " · ".join(f"{escape(key)} {escape(value)}" for key, value in settings.items())
 
 
-def show_comparisons(comparisons: Mapping[str, Comparison], runs: Sequence[Run], language: str) -> str:
+def show_comparisons(comparisons: Mapping[str, Comparison], runs: Sequence[AnsweredRun], language: str) -> str:
     blocks = [
         f"### {escape(name)}\n\n{describe_comparison(comparison, language)}" for name, comparison in comparisons.items()
     ]
@@ -233,7 +235,7 @@ def show_examples(comparisons: Mapping[str, Comparison], out: Path, data: Path |
     return "\n\n".join(blocks)
 
 
-def show_environment(runs: Sequence[Run], words: Words) -> str:
+def show_environment(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return what each training and each answering ran on, as far as it was recorded."""
     rows = [
         (words["training of"].format(name=escape(run.name)), session | {"world_size": session.get("ranks")})
@@ -255,7 +257,7 @@ def show_environment(runs: Sequence[Run], words: Words) -> str:
     return "\n".join(blocks)
 
 
-def show_commands(runs: Sequence[Run], words: Words) -> str:
+def show_commands(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return the commands that train and score again."""
     trained = [run for run in runs if run.config]
     lines = [write_training_command(run) for run in trained]
@@ -269,7 +271,7 @@ def show_commands(runs: Sequence[Run], words: Words) -> str:
     return "\n\n".join(blocks)
 
 
-def write_training_command(run: Run) -> str:
+def write_training_command(run: AnsweredRun) -> str:
     """Return the line that was typed where it was recorded, else one that does the same."""
     parts = ["torchrun", f"--nproc_per_node={run.find('ranks') or run.num_ranks or 1}", "train/main.py"]
     if command := run.find("command"):
@@ -302,7 +304,7 @@ def _one_line(command: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in command)
 
 
-def show_configuration(runs: Sequence[Run], words: Words) -> str:
+def show_configuration(runs: Sequence[AnsweredRun], words: Words) -> str:
     """Return all settings that say something, runs beside each other."""
     trained = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in trained for key in run.config)

@@ -5,10 +5,11 @@ A part in [brackets] whose number is not known is left out, and so is a line tha
 
 from collections.abc import Mapping, Sequence
 
+from data.run_words import show_count
 from eval.page import escape
 from eval.report_facts import count_answers, describe_change, describe_training
-from eval.report_runs import Run
-from eval.report_text import WORDS, fill, show_count
+from eval.report_runs import AnsweredRun
+from eval.report_text import WORDS, fill
 
 ENGLISH = {
     "title": "LLaVA-1.5 in plain PyTorch",
@@ -45,12 +46,12 @@ TEMPLATES: dict[str, Mapping[str, str]] = {"en": ENGLISH, "zh": CHINESE}
 MAX_TASKS = 4
 
 
-def write_cv(runs: Sequence[Run]) -> str:
+def write_cv(runs: Sequence[AnsweredRun]) -> str:
     """Return the entry in both languages, as Markdown."""
     return "\n\n".join(write_entry(runs, language) for language in TEMPLATES) + "\n"
 
 
-def write_entry(runs: Sequence[Run], language: str) -> str:
+def write_entry(runs: Sequence[AnsweredRun], language: str) -> str:
     """Return one language's entry: what was built, what was trained, what came of it, how it was measured."""
     templates, words = TEMPLATES[language], WORDS[language]
     last = runs[-1]

@@ -3,20 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.names import translate
+from data.run_words import show_bytes, show_count, show_interval, show_percent, show_score, show_size, show_time
+from data.runs import LAST_STEPS, Run, highest, latest, median, select, total
 from eval.answers import Result
-from eval.names import translate
 from eval.page import escape
-from eval.report_runs import Run, find_base, highest, latest, median, select, total
-from eval.report_text import (
-    fill,
-    show_bytes,
-    show_count,
-    show_interval,
-    show_percent,
-    show_score,
-    show_size,
-    show_time,
-)
+from eval.report_runs import AnsweredRun, find_base
+from eval.report_text import fill
 
 Words = Mapping[str, str]
 Facts = dict[str, str | None]
@@ -28,7 +21,6 @@ TRAINING = (
     "tokens_per_s", "mfu", "peak_memory", "loss", "held_out_loss", "exact_match",
 )  # fmt: skip
 PARTS = ("vision", "language", "projector", "lora", "full")  # what a stage may train
-LAST_STEPS = 25
 
 
 def describe_training(run: Run, words: Words) -> Facts:
@@ -68,7 +60,7 @@ def describe_training(run: Run, words: Words) -> Facts:
     }
 
 
-def describe_change(name: str, runs: Sequence[Run], words: Words) -> Facts | None:
+def describe_change(name: str, runs: Sequence[AnsweredRun], words: Words) -> Facts | None:
     """Return how the last run scored in a task and how the first did; None where the last one did not answer it.
 
     The first one's score is left out where it was asked other questions, or the same ones in another way.
@@ -100,7 +92,7 @@ def name_metric(result: Result, words: Words) -> str:
     return escape(translate(metric, words["page language"]))
 
 
-def count_answers(runs: Sequence[Run]) -> int:
+def count_answers(runs: Sequence[AnsweredRun]) -> int:
     return sum(len(result.predictions) for run in runs for result in run.results.values())
 
 

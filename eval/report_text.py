@@ -1,10 +1,11 @@
-"""The report's words in English and Chinese, and how its numbers are written."""
+"""The report's words in English and Chinese, and how its sentences are filled in."""
 
 import re
 from collections.abc import Mapping, Sequence
 
+from data.run_words import RUN_WORDS
+
 LANGUAGES = ("en", "zh")
-GIB = 2**30
 
 # Sentences are templates: a part in [brackets] is left out where a {number} of it is not known, a sentence without
 # brackets around what is not known is left out whole.
@@ -65,36 +66,10 @@ ENGLISH = {
     "rates of": "{learning_rate}[, projector {projector_learning_rate}][, vision tower {vision_learning_rate}]",
     "precision of": "{dtype}[, frozen linears in {bits} bits]",
     "not trained here": "{names}: not trained here, so nothing is told of it but its answers.",
-    # Charts
-    "loss chart": "Loss",
-    "learning_rates chart": "Learning rates",
-    "throughput chart": "Speed",
-    "mfu chart": "MFU: the share of the cards' arithmetic that training used",
-    "waits chart": "Time spent waiting",
-    "memory chart": "Memory",
-    "gpu_use chart": "Use of the GPUs",
-    "gpu_power chart": "Power of the GPUs",
-    "step": "optimizer step",
-    "every step": "every step",
-    "smoothed": "smoothed",
-    "held out": "held out",
-    "nats": "loss per learned token (nats)",
-    "rates": "learning rate",
-    "tokens/s": "tokens/s, all ranks",
-    "use": "GPU utilisation",
-    "power": "power of a GPU",
-    "median": "median",
-    "data_wait_s": "waiting for data",
-    "rank_wait_s": "waiting for other ranks",
-    "share of step": "share of the step (%)",
-    "rank": "rank {rank}",
-    "allocated, reserved dashed": "allocated, reserved dashed",
-    "resident": "resident",
-    "peak GiB": "highest so far (GiB)",
+    **RUN_WORDS["en"],
     # Evaluation
     "n": "questions",
     "interval": "95 % interval",
-    "from to": "{low} to {high}",
     "intervals": "Intervals are 95 % bootstrap intervals over pictures.",
     "no score": "{name}: answered, and scored by its owner's server.",
     "too many": "{breakdown}: {number} names, too many for a page; they are in scores.json.",
@@ -116,9 +91,6 @@ ENGLISH = {
     "`model=FOLDER`.",
     "commands": "From the repository's root. A run's config.toml is a stage file with every setting in it.",
     "cv note": "Filled in from the numbers of this report and from nothing else. Leave out what you did not do.",
-    "seconds": "{seconds} s",
-    "minutes": "{minutes} min {seconds} s",
-    "hours": "{hours} h {minutes} min",
 }
 CHINESE = {
     "page language": "zh",
@@ -173,34 +145,9 @@ CHINESE = {
     "rates of": "{learning_rate}[，投影层 {projector_learning_rate}][，视觉编码器 {vision_learning_rate}]",
     "precision of": "{dtype}[，冻结的线性层为 {bits} 位]",
     "not trained here": "{names}：不是在这里训练的，只列出它的回答。",
-    "loss chart": "损失",
-    "learning_rates chart": "学习率",
-    "throughput chart": "速度",
-    "mfu chart": "MFU：训练用到的显卡算力比例",
-    "waits chart": "等待时间",
-    "memory chart": "内存",
-    "gpu_use chart": "GPU 利用率",
-    "gpu_power chart": "GPU 功率",
-    "step": "优化步",
-    "every step": "每一步",
-    "smoothed": "平滑后",
-    "held out": "留出集",
-    "nats": "每个学习 token 的损失（nat）",
-    "rates": "学习率",
-    "tokens/s": "token/s，所有进程合计",
-    "use": "GPU 利用率",
-    "power": "单卡功率",
-    "median": "中位数",
-    "data_wait_s": "等待数据",
-    "rank_wait_s": "等待其他进程",
-    "share of step": "占一步时间的比例（%）",
-    "rank": "进程 {rank}",
-    "allocated, reserved dashed": "已分配，虚线为已保留",
-    "resident": "常驻内存",
-    "peak GiB": "至今峰值（GiB）",
+    **RUN_WORDS["zh"],
     "n": "题数",
     "interval": "95 % 置信区间",
-    "from to": "{low} 至 {high}",
     "intervals": "区间均为按图片自助抽样（bootstrap）的 95 % 置信区间。",
     "no score": "{name}：已作答，由发布方的服务器评分。",
     "too many": "{breakdown}：共 {number} 项，一页放不下，见 scores.json。",
@@ -220,9 +167,6 @@ CHINESE = {
     "previous stage": "{name} 从前一阶段的结果开始，而其设置没有写明是哪一个：请加上 `model=文件夹`。",
     "commands": "在仓库根目录下运行。运行文件夹里的 config.toml 就是写全了所有设置的阶段文件。",
     "cv note": "只用本报告中的数字填写，没有其他来源。不是自己做的，请删去。",
-    "seconds": "{seconds} 秒",
-    "minutes": "{minutes} 分 {seconds} 秒",
-    "hours": "{hours} 小时 {minutes} 分",
 }
 WORDS: dict[str, Mapping[str, str]] = {"en": ENGLISH, "zh": CHINESE}
 
@@ -244,46 +188,3 @@ def fill(template: str, facts: Mapping[str, object]) -> str | None:
 def join_names(names: Sequence[str], words: Mapping[str, str]) -> str:
     """Return "a, b and c"."""
     return words["and"].join(filter(None, [words["comma"].join(names[:-1]), names[-1]]))
-
-
-def show_count(number: float | None) -> str | None:
-    return None if number is None else f"{number:,.0f}"
-
-
-def show_size(number: int | None) -> str | None:
-    """Return a number of parameters: 346,752 or 7.06 B."""
-    if number is None or number < 10_000_000:
-        return show_count(number)
-    return f"{number / 1e6:,.1f} M" if number < 1e9 else f"{number / 1e9:,.2f} B"
-
-
-def show_percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"
-
-
-def show_score(score: float | None, best: float = 1.0) -> str | None:
-    """Return a score in percent, or on the benchmark's own scale where that is another."""
-    if score is None or best == 1:
-        return show_percent(score)
-    return f"{score:,.1f}"
-
-
-def show_interval(interval: list[float] | None, best: float, words: Mapping[str, str]) -> str | None:
-    if interval is None:
-        return None
-    low, high = (str(show_score(end, best)) for end in interval)
-    return words["from to"].format(low=low.removesuffix(" %"), high=high)
-
-
-def show_bytes(number: float | None) -> str | None:
-    return None if number is None else f"{number / GIB:.2f} GiB"
-
-
-def show_time(seconds: float | None, words: Mapping[str, str]) -> str | None:
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return words["seconds"].format(seconds=int(seconds))
-    if seconds < 3600:
-        return words["minutes"].format(minutes=int(seconds // 60), seconds=int(seconds % 60))
-    return words["hours"].format(hours=int(seconds // 3600), minutes=int(seconds % 3600 // 60))

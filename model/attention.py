@@ -4,9 +4,10 @@
 - `PackedAttention`: one row that holds many documents; none sees another.
 - `CachedAttention`: B rows, each token sees itself and what earlier calls stored of its row.
 - `TrunkAttention`, `BranchedAttention`: trunks are stored, and then seen by all of their branches.
+- `RecordingAttention`: causal, and remembers how much some tokens looked at others; `model/inside.py` reads it.
 
 Shapes: B rows, T tokens, C slots of a cache, H heads, K key/value heads (H a multiple of K), d head size,
-G trunks of P tokens, J branches of a trunk.
+G trunks of P tokens, J branches of a trunk, A tokens that are watched.
 """
 
 from collections.abc import Sequence
@@ -213,3 +214,33 @@ class BranchedAttention:
         out = out.flatten(2, 3) + trunk_weights @ trunk_values
         out = out.view(shape).permute(0, 2, 4, 1, 3, 5)[self.cells]  # (G, J, T, K, H / K, d) -> (N, K, H / K, d)
         return out.flatten(1, 2).transpose(0, 1)[None].to(q.dtype)
+
+
+class RecordingAttention:
+    """Like `CausalAttention`, to the last bit, and how much some tokens looked at some others is kept.
+
+    What fused kernels never write down, the softmax of q k^T / sqrt(d), is computed beside them, for these tokens only.
+    """
+
+    def __init__(self, watched: Tensor, targets: Tensor, dtype: torch.dtype = torch.float16) -> None:
+        """Args:
+        watched: (A,) positions of the tokens whose looks are kept.
+        targets: (P,) positions of the tokens that are looked at, each once.
+        dtype: what the weights are kept in, on the CPU; they are computed in fp32.
+        """
+        self.watched, self.targets, self.dtype = watched, targets, dtype
+        self.weights: list[Tensor] = []  # of every layer, (B, H, A, P): fractions of 1
+        self.shares: list[Tensor] = []  # of every layer, (B, H, A) fp32: their sums, unrounded; the rest went elsewhere
+
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert layer_index == len(self.weights), "one object records one forward pass"
+        num_tokens, num_groups, head_size = k.shape[2], k.shape[1], k.shape[3]
+        # Heads that share keys stand together.
+        queries = (q[:, :, self.watched].float() * head_size**-0.5).unflatten(1, (num_groups, -1))
+        scores = queries @ k[:, :, None].float().mT  # (B, K, H / K, A, d) -> (B, K, H / K, A, T)
+        columns = torch.arange(num_tokens, device=k.device)
+        scores = scores.masked_fill(columns > self.watched[:, None], -torch.inf)
+        weights = scores.softmax(dim=-1).flatten(1, 2)[..., self.targets]  # (B, H, A, T) -> (B, H, A, P)
+        self.weights.append(weights.to("cpu", self.dtype))
+        self.shares.append(weights.sum(dim=-1).cpu())
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -3,18 +3,19 @@
 import json
 import resource
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from data.runs import METRICS, Row, read_metrics, select, smooth
 
 if TYPE_CHECKING:  # importing it takes half a second that only the rank that draws should spend
     from matplotlib.axes import Axes
 
 GIB = 2**30
-Row = dict[str, Any]
+WINDOW = 25  # steps that a line is smoothed over
 
 
 class MetricsFile:
@@ -36,12 +37,6 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(file: Path) -> list[Row]:
-    """Return the rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
-    *lines, _ = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
-
-
 def memory_bytes(device: torch.device) -> dict[str, int | None]:
     """Return the most memory held so far: allocated and reserved on the GPU, or resident of this process."""
     if device.type == "cuda":
@@ -53,7 +48,7 @@ def memory_bytes(device: torch.device) -> dict[str, int | None]:
 
 def draw_curves(folder: Path, title: str) -> None:
     """Draw `loss.png`, `throughput.png` and `memory.png` from a run's `metrics.jsonl`."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder / METRICS)
     if rows:  # a run stopped before its first step has nothing to show
         draw_loss(rows, folder / "loss.png", title)
         draw_throughput(rows, folder / "throughput.png", title)
@@ -68,11 +63,11 @@ def draw_loss(rows: Sequence[Row], picture: Path, title: str) -> None:
     axis = figure.subplots()
     steps, losses = select(rows, "loss")
     axis.plot(steps, losses[0], color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, every step")
-    axis.plot(steps, smooth(losses[0]), color="tab:blue", label="training loss, smoothed")
+    axis.plot(steps, smooth(losses[0], WINDOW), color="tab:blue", label="training loss, smoothed")
     axis.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=title, yscale="log")
     axis.grid(alpha=0.3)
     steps, losses = select(rows, "held_out_loss")
-    if steps:
+    if steps.size:
         axis.plot(steps, losses[0], "o-", color="tab:orange", markersize=4, label="held-out loss")
         right = axis.twinx()
         _, matches = select(rows, "exact_match")
@@ -94,7 +89,7 @@ def draw_throughput(rows: Sequence[Row], picture: Path, title: str) -> None:
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.grid(alpha=0.3)
     steps, mfu = select(rows, "mfu")
-    if steps:
+    if steps.size:
         right = speed.twinx()
         plot_smoothed(right, steps, 100 * mfu, "tab:green", f"MFU (median {100 * np.median(mfu):.1f} %)")
         right.set(ylabel="MFU (%)", ylim=(0, 100))  # all that the cards could do: its line stays clear of the other
@@ -113,7 +108,7 @@ def draw_memory(rows: Sequence[Row], picture: Path, title: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    is_gpu = bool(select(rows, "reserved_memory_bytes")[0])
+    is_gpu = bool(select(rows, "reserved_memory_bytes")[0].size)
     figure = Figure(figsize=(8, 8 if is_gpu else 5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1]) if is_gpu else [figure.subplots()]
     for name, style, what in (
@@ -126,7 +121,7 @@ def draw_memory(rows: Sequence[Row], picture: Path, title: str) -> None:
         for rank, (values, color) in enumerate(zip(ranks, colors, strict=True)):
             is_named = style == "-" and rank % -(-len(ranks) // 8) == 0  # 8 names are enough to see the order
             axes[0].plot(steps, values / GIB, style, color=color, label=f"rank {rank}" if is_named else None)
-        if steps:
+        if steps.size:
             axes[0].plot([], [], style, color="gray", label=f"{what}: at most {np.nanmax(ranks) / GIB:.2f} GiB")
     axes[0].set(ylabel="highest so far, each rank (GiB)", title=title)
     busy = (("gpu_utilization", "tab:blue", "utilisation (%)"), ("gpu_power_w", "tab:red", "power (W)"))
@@ -140,24 +135,9 @@ def draw_memory(rows: Sequence[Row], picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def select(rows: Sequence[Row], name: str) -> tuple[list[int], np.ndarray]:
-    """Return the steps that recorded `name` and its values, (ranks, steps); NaN where a rank has none.
-
-    Ranks may become more or fewer when a run goes on elsewhere; a plain number counts as one rank's.
-    """
-    recorded = {row["step"]: np.atleast_1d(np.array(row.get(name), dtype=float)) for row in rows}  # None becomes NaN
-    recorded = {step: values for step, values in recorded.items() if not np.isnan(values).all()}
-    return list(recorded), np.array(list(zip_longest(*recorded.values(), fillvalue=np.nan)))
-
-
-def plot_smoothed(axis: "Axes", steps: Sequence[int], ranks: np.ndarray, color: str, label: str) -> None:
+def plot_smoothed(axis: "Axes", steps: np.ndarray, ranks: np.ndarray, color: str, label: str) -> None:
     """Draw every rank's values faintly, and their mean over the ranks smoothed, where there are any."""
     for values in ranks:
         axis.plot(steps, values, color=color, alpha=0.25 / len(ranks) ** 0.5, linewidth=0.8)
     if len(ranks):
-        axis.plot(steps, smooth(np.nanmean(ranks, axis=0)), color=color, label=label)
-
-
-def smooth(values: Sequence[float] | np.ndarray, window: int = 25) -> list[float]:
-    """Return the mean of the last `window` values at each place, of as many as there are at the start."""
-    return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
+        axis.plot(steps, smooth(np.nanmean(ranks, axis=0), WINDOW), color=color, label=label)

@@ -28,7 +28,8 @@ from model.llava import Llava
 from tests.conftest import TINY_TOKENIZER
 
 ENGLISH, CHINESE = (
-    cast(gr.Request, SimpleNamespace(headers={"accept-language": language})) for language in ("en-US", "zh-CN,zh;q=0.9")
+    cast(gr.Request, SimpleNamespace(headers={"accept-language": language}, session_hash=language))
+    for language in ("en-US", "zh-CN,zh;q=0.9")
 )
 HISTORY = [{"role": "user", "text": "is it red?"}, {"role": "assistant", "text": "没有 <b>"}]
 

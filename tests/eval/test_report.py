@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
+from data import charts
 from data.fonts import find_chinese_font
+from data.run_words import show_interval, show_score, show_size, show_time
 from eval import report, report_charts, report_cv
 from eval.answers import describe_scores, hash_files
 from eval.benchmarks import BENCHMARKS
 from eval.page import find_browser
 from eval.report import write_report
-from eval.report_charts import smooth
 from eval.report_facts import describe_training
-from eval.report_runs import open_run, open_runs, select
-from eval.report_text import CHINESE, ENGLISH, WORDS, fill, join_names, show_interval, show_score, show_size, show_time
+from eval.report_runs import open_run, open_runs
+from eval.report_text import CHINESE, ENGLISH, WORDS, fill, join_names
 from tests.eval.test_page import Page
 
 RIGHT = ("circle", "red", "yes")
@@ -245,28 +245,13 @@ def test_charts_of_what_was_recorded(story: Path, runs: tuple[Path, Path], tmp_p
         warnings.simplefilter("error")
         every = report_charts.draw_charts(open_runs([story / "base", story / "tuned"]), tmp_path / "all", ENGLISH)
         few = report_charts.draw_charts(open_runs([runs[0]]), tmp_path / "few", ENGLISH)
-    assert list(every) == list(report_charts.CHARTS)
+    assert list(every) == list(charts.CHARTS)
     assert list(few) == ["loss", "learning_rates"]
     for kind, shown in every.items():
         assert shown == f"![{ENGLISH[f'{kind} chart']}](pictures/{kind}.png)"
         with Image.open(tmp_path / f"all/pictures/{kind}.png") as image:
             assert image.width == 1200
             assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_smoothing_by_hand() -> None:
-    values = np.arange(60.0)
-    smoothed = smooth(values)
-    assert smoothed[:3].tolist() == [0.0, 0.5, 1.0]
-    assert smoothed[59] == np.arange(35.0, 60.0).mean()
-    assert smooth(np.array([3.0])).tolist() == [3.0]
-
-
-def test_selecting_pads_ranks_that_come_and_go() -> None:
-    steps, values = select([{"step": 1, "m": [1, 2]}, {"step": 2}, {"step": 3, "m": 5}, {"step": 4, "m": [None]}], "m")
-    assert steps.tolist() == [1, 3]
-    np.testing.assert_array_equal(values, [[1, 5], [2, np.nan]])
-    assert select([{"step": 1}], "m")[1].shape == (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +283,7 @@ def test_the_page_is_self_contained_and_shows_answers_literally(chinese: Path) -
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object", "embed", "form", "i", "b", "a"}
     sources = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == len(report_charts.CHARTS) + 4  # and four answers that changed
+    assert len(sources) == len(charts.CHARTS) + 4  # and four answers that changed
     assert all(source.startswith("data:image/") for source in sources)
     assert "http" not in "".join(str(value) for _, attributes in page.tags for value in attributes.values()).replace(
         "http-equiv", ""
@@ -318,7 +303,7 @@ def test_the_pdf_has_pages_and_a_chinese_font(chinese: Path) -> None:
 
 
 def test_chinese_without_a_font(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_charts, "find_chinese_font", lambda: None)
+    monkeypatch.setattr(charts, "find_chinese_font", lambda: None)
     with pytest.raises(ValueError, match=r"no font with Chinese .* apt install fonts-noto-cjk"):
         write_report([story / "tuned"], tmp_path, "zh")
 

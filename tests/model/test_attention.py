@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import BranchedAttention, CausalAttention, PackedAttention, TrunkAttention
+from model.attention import (
+    BranchedAttention,
+    CausalAttention,
+    PackedAttention,
+    RecordingAttention,
+    TrunkAttention,
+)
 from model.llama import Llama
 from tests.model.small_llava import (
     FIRST_WORD_ID,
@@ -191,3 +197,26 @@ def test_stored_trunks_and_branches_attend_as_whole_rows_do(num_groups: int, dty
     torch.testing.assert_close(out, torch.cat(expected, dim=2), rtol=tolerance, atol=tolerance)
     positions = [range(length - count, length) for length, count in zip(lengths, counts, strict=True)]
     assert attend.position_ids.tolist() == [[position for piece in positions for position in piece]]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_weights_are_those_the_output_is_made_of(num_groups: int, dtype: torch.dtype) -> None:
+    """2 rows of 7 tokens, 3 of which are watched: the output is the plain one, and weights x values give it."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, heads, 7, 4, generator=generator).to(dtype) for heads in (6, num_groups, num_groups))
+    watched, targets, others = torch.tensor([1, 4, 6]), torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4, 6])
+    some, rest, every = (
+        RecordingAttention(watched, seen, torch.float32) for seen in (targets, others, torch.arange(7))
+    )
+    expected = CausalAttention()(0, q, k, v)
+    for attend in (some, rest, every):
+        assert torch.equal(attend(0, q, k, v), expected)
+
+    tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    rebuilt = every.weights[0] @ v.float().repeat_interleave(6 // num_groups, dim=1)
+    torch.testing.assert_close(rebuilt, expected[:, :, watched].float(), rtol=tolerance, atol=tolerance)
+    assert torch.equal(some.weights[0], every.weights[0][..., targets])
+    torch.testing.assert_close(some.shares[0], some.weights[0].sum(-1))
+    torch.testing.assert_close(some.shares[0] + rest.shares[0], torch.ones(2, 6, 3))
+    assert not some.weights[0][:, :, 0, 1:].any()  # token 1 sees none of those behind it

@@ -11,13 +11,13 @@ import torch
 
 from data.dataset import RenderOptions
 from data.features import feature_key
+from data.runs import read_metrics
 from model.config import CONFIGS
 from model.llava import Llava, initialize_weights
 from model.weights import load_llava, save_llava
 from tests.conftest import ROOT, TINY_TOKENIZER
 from tests.launch import environment, run_training
 from train.config import make_config
-from train.metrics import read_metrics
 from train.stage import build_objective, open_stores
 from train.start import open_start
 

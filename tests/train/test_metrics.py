@@ -1,6 +1,5 @@
 """Records survive a kill, and the pictures show what is in them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train.metrics import MetricsFile, draw_curves, memory_bytes, read_metrics, select, smooth
+from data.runs import read_metrics
+from train.metrics import MetricsFile, draw_curves, memory_bytes
 
 BLUE, ORANGE, GREEN, PURPLE, RED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
 PICTURES = ("loss.png", "memory.png", "throughput.png")
@@ -29,20 +29,6 @@ def test_resuming_drops_steps_that_will_be_done_again_and_a_line_cut_short(tmp_p
     again.write({"step": 3, "loss": 7.0})
     again.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(file)] == [(1, 1.0), (2, 0.5), (3, 7.0)]
-
-
-def test_smooth_is_a_mean_of_what_came_before() -> None:
-    assert smooth([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
-
-
-def test_select_keeps_steps_and_ranks_together() -> None:
-    """Through what a run may meet: nothing recorded, another number of ranks, a rank without a value."""
-    rows: list[dict[str, Any]] = [{"step": 3, "x": [1, 2]}, {"step": 4}, {"step": 5, "x": None}]
-    rows += [{"step": 6, "x": [None, math.nan]}, {"step": 7, "x": [3, None, 4]}, {"step": 8, "x": 5}]
-    steps, ranks = select(rows, "x")
-    assert steps == [3, 7, 8]
-    np.testing.assert_array_equal(ranks, [[1, 3, 5], [2, math.nan, math.nan], [math.nan, 4, math.nan]])
-    assert select(rows, "y")[0] == []
 
 
 def test_memory_of_a_cpu_is_resident() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.runs import read_metrics
 from tests.launch import ROOT, environment, run_training
-from train.metrics import read_metrics
 
 NUM_STEPS = 3
 TRAINED_TOWER = "vision_learning_rate=2e-4"

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from data.runs import read_metrics
 from model.weights import load_llava
 from tests.launch import environment, run_training, training_command
-from train.metrics import read_metrics
 
 NUM_STEPS = 40
 
