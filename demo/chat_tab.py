@@ -23,6 +23,7 @@ from demo.page import (
     describe_cost,
     follow,
     frame_look,
+    in_words,
     open_upload,
     read_settings,
     tell,
@@ -201,7 +202,7 @@ class Chat:
         self, messages: Messages, picture: str | None, voice: str, request: gr.Request
     ) -> Generator[str, None, None]:
         """Yield what the place for the look inside the last answer shows."""
-        if len(messages) < 2 or not messages[-1]["text"]:
+        if len(messages) < 2:
             raise tell("chat_nothing", self.words, request)
         image = open_upload(picture, self.words, request)
 
@@ -210,7 +211,11 @@ class Chat:
 
         with self.askings.begin(request) as asking:
             for step in follow(join, asking, self.words, request):
-                yield step if isinstance(step, str) else frame_look(step, image, self.words.choose(request))
+                if isinstance(step, str):
+                    yield step
+                    continue
+                with in_words(self.words, request):
+                    yield frame_look(step, image, self.words.choose(request))
 
     def stop(self, request: gr.Request) -> None:
         self.askings.stop(request)

@@ -83,8 +83,12 @@ class Ticket(Generic[T]):
                     yield self.results.get(timeout=POLL_S)
                 except Empty:
                     yield self.line.count_before(self)
-            if self.outcome is not None and not self.has_left:
-                raise self.outcome
+            outcome, self.outcome = self.outcome, None  # or it would hold what its frames hold, and they it
+            if outcome is not None and not self.has_left:
+                try:
+                    raise outcome
+                finally:
+                    del outcome
         finally:
             self.leave()
 

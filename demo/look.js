@@ -403,12 +403,15 @@ async function main() {
   if (P) state.patch = attention(0).reduce((best, x, p, all) => (x > all[best] ? p : best), 0);
   drawPatches();
   // A page that frames this one learns how high it is, and may choose its colours.
+  document.documentElement.classList.toggle("framed", parent !== window);
   const tell = () => parent !== window && parent.postMessage({ lookHeight: document.body.scrollHeight + 8 }, "*");
   new ResizeObserver(tell).observe(document.body);
   document.documentElement.dataset.ready = "yes";
 }
 
 window.addEventListener("message", (event) => {
-  if (["light", "dark"].includes(event.data?.theme)) document.documentElement.dataset.theme = event.data.theme;
+  const { theme, background } = event.data ?? {};
+  if (["light", "dark"].includes(theme)) document.documentElement.dataset.theme = theme;
+  if (/^rgb\([\d, ]+\)$/.test(background)) document.body.style.background = background;
 });
 main();

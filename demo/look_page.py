@@ -47,8 +47,8 @@ def make_look_page(
         picture: the one the conversation is about, as it was before it became pixels of the model's size.
         input_ids: prompt and answer, as `look_inside` got them; what it looked at is the beginning of the answer.
         language: "en" or "zh".
-        theme: "light" or "dark"; None follows the reader's system, and whoever frames the document may say otherwise
-            with postMessage({theme: "light" | "dark"}). It tells its frame's page {lookHeight: pixels}.
+        theme: "light" or "dark"; None follows the reader's system. Whoever frames the document may say otherwise, with
+            postMessage({theme: "light" | "dark", background: "rgb(...)"}), and is told {lookHeight: pixels}.
     """
     assert theme is None or theme in THEMES, theme
     texts = {key: pair[language == "zh"] for key, pair in LOOK_TEXTS.items()}
@@ -164,22 +164,17 @@ def _describe_words(inside: Inside, tokenizer: Tokenizer) -> list[dict[str, Any]
     candidates = zip(inside.candidate_ids.tolist(), inside.candidate_probabilities.tolist(), strict=True)
     return [
         {
-            "name": tokenizer.pieces[token],
+            "name": tokenizer.name(token),
             "id": token,
             "probability": probability,
             "rank": rank,
             "candidates": [
-                {"name": name_candidate(other, tokenizer), "id": other, "probability": value}
+                {"name": tokenizer.name(other), "id": other, "probability": value}
                 for other, value in zip(ids, values, strict=True)
             ],
         }
         for (token, probability, rank), (ids, values) in zip(chosen, candidates, strict=True)
     ]
-
-
-def name_candidate(token: int, tokenizer: Tokenizer) -> str:
-    """Return a token's name; the rows of `lm_head` behind the vocabulary have none."""
-    return tokenizer.pieces[token] if token < tokenizer.vocab_size else f"#{token}"
 
 
 def show_piece(name: str) -> str:

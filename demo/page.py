@@ -31,7 +31,8 @@ window.addEventListener("message", (event) => {
         if (frame.contentWindow !== event.source || !(event.data?.lookHeight > 0)) continue;
         frame.style.height = `${Math.min(event.data.lookHeight, 20000)}px`;
         const theme = document.body.classList.contains("dark") ? "dark" : "light";
-        frame.contentWindow.postMessage({theme}, "*");
+        const background = getComputedStyle(document.body).backgroundColor;
+        frame.contentWindow.postMessage({theme, background}, "*");
     }
 });
 """
@@ -155,7 +156,7 @@ def follow(
 
     Raises: gr.Error in the user's words.
     """
-    try:
+    with in_words(words, request):
         yield words.say("page_working", request)
         asking.ticket = join()
         if asking.is_stopped:
@@ -165,6 +166,13 @@ def follow(
                 yield words.say("page_waiting" if result else "page_working", request, place=result)
             else:
                 yield result
+
+
+@contextlib.contextmanager
+def in_words(words: Words, request: gr.Request) -> Generator[None, None, None]:
+    """Run the block; what goes wrong in it is raised as gr.Error in the user's words."""
+    try:
+        yield
     except LineFullError as error:
         raise tell("page_full", words, request) from error
     except OutOfMemoryError as error:

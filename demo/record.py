@@ -65,12 +65,16 @@ class Film:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other options are those of demo/app.py.",
+        epilog="Further options are those of demo/app.py.",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("recorded"), help="folder of the pictures")
     parser.add_argument("--picture", type=Path, default=Path("runs/easy_vqa/images/test/3.png"))
     parser.add_argument("--question", nargs=2, default=["图中是什么形状？", "what color is it?"], metavar="TEXT")
-    arguments, of_the_page = parser.parse_known_args()
+    parser.add_argument("--model-path", default="runs/tiny/final", help="as demo/app.py takes it")
+    parser.add_argument("--adapter", help="as demo/app.py takes it: what the model is compared with")
+    arguments, others = parser.parse_known_args()
+    options = ["--model-path", arguments.model_path, *others]
+    options += [] if arguments.adapter is None else ["--adapter", arguments.adapter]
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
@@ -83,7 +87,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     scene = Scene(arguments.picture, *arguments.question)
     try:
-        with serve(of_the_page) as address, sync_playwright() as playwright:
+        with serve(options) as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             film = Film()
             record_desktop(browser, address, scene, arguments.out, film)

@@ -89,6 +89,13 @@ def test_every_path_in_the_readme_exists(readme: str) -> None:
     assert missing == []
 
 
+def read_with_imports(file: Path) -> str:
+    """Return a command's source, and those of the modules of its room that it imports, which may add options."""
+    modules = [name for name in imported_modules(file) if name.startswith(f"{file.relative_to(ROOT).parts[0]}.")]
+    files = [file, *(ROOT / f"{name.replace('.', '/')}.py" for name in modules)]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_every_option_in_the_readme_exists(readme: str) -> None:
     for line in commands(readme):
@@ -97,7 +104,7 @@ def test_every_option_in_the_readme_exists(readme: str) -> None:
         ):
             file = ROOT / (script or module.replace(".", "/"))
             file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
-            source = file.read_text(encoding="utf-8")
+            source = read_with_imports(file)
             for option in re.findall(r"--[\w-]+", arguments):
                 field = option.removeprefix("--").replace("-", "_")  # `data.zh.options` makes options of settings
                 is_setting = re.search(rf"^    {field}: .* = setting\(", source, flags=re.MULTILINE)

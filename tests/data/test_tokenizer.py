@@ -413,3 +413,9 @@ def test_no_part_of_a_stop_text_is_shown(text: str, stops: list[str], expected: 
             assert expected.startswith(now)
             shown = now
         assert cut_at_stop(text, stops, is_whole=True) == (expected, expected != text)
+
+
+def test_tokens_have_names(tiny_tokenizer: Tokenizer) -> None:
+    """Also those behind the vocabulary, for which a padded head has rows."""
+    assert tiny_tokenizer.name(tiny_tokenizer.eos_token_id) == "</s>"
+    assert tiny_tokenizer.name(tiny_tokenizer.vocab_size) == f"<{tiny_tokenizer.vocab_size}>"
