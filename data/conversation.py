@@ -276,7 +276,7 @@ def name_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         else:
             for is_image, group in itertools.groupby(run, IMAGE_TOKEN_ID.__eq__):
                 same = list(group)
-                names += [f"{IMAGE_MARKER} x {len(same)}"] if is_image else [tokenizer.pieces[i] for i in same]
+                names += [f"{IMAGE_MARKER} x {len(same)}"] if is_image else [tokenizer.name(i) for i in same]
     return names
 
 

@@ -8,7 +8,7 @@ between exporters (▁ before a text or not), and would take "</s>" or "<image>"
 import codecs
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -77,6 +77,10 @@ class Tokenizer:
         """Return the text of `ids`. Control tokens and ids outside the vocabulary have none."""
         decoder = StreamDecoder(self)
         return "".join(map(decoder.push, ids)) + decoder.finish()
+
+    def name(self, token_id: int) -> str:
+        """Return a token as the vocabulary spells it; a head may have rows for more tokens, which have no spelling."""
+        return self.pieces[token_id] if token_id < self.vocab_size else f"<{token_id}>"
 
 
 class StreamDecoder:

@@ -7,8 +7,10 @@ What is kept of a picture are pixels: its notes (EXIF: place, time, camera) end 
 
 import base64
 import binascii
+import ctypes
 import io
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import IO
@@ -22,6 +24,7 @@ MAX_BYTES = 10_000_000
 MAX_PIXELS = 40_000_000  # decoded with transparency: about 0.8 GB
 MAX_SIDE = 1344  # pixels of a picture that is kept: four times what CLIP sees
 FETCH_TIMEOUT_S = 10.0
+LARGE_PIXELS = 4_000_000
 
 # Memory for two: 200 people who send the largest picture at once would need 160 GB.
 _decoders = threading.BoundedSemaphore(2)
@@ -39,8 +42,19 @@ def read_picture(file: Path | IO[bytes]) -> Image.Image:
     content.seek(0)
     with _decoders:
         image = open_image(content, MAX_PIXELS)
+        num_pixels = image.width * image.height
         image.thumbnail((MAX_SIDE, MAX_SIDE))
+        if num_pixels > LARGE_PIXELS:
+            give_memory_back()
     return Image.frombytes("RGB", image.size, image.tobytes())  # only the pixels
+
+
+def give_memory_back() -> None:
+    """Have the C library give the system what large pictures took: by itself it keeps that, for every thread anew."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it; others give memory back at once
+        if trim is not None:
+            trim(0)
 
 
 def open_picture(name: str) -> Image.Image:

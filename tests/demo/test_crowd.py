@@ -19,12 +19,14 @@ from tests.demo.serve import serve
 from tests.demo.visitor import WAIT_S, Visitor, encode, name_file
 
 NUM_VISITORS = 200
-MAX_GROWTH_BYTES = 100_000_000
+MAX_GROWTH_BYTES = 60_000_000
 MAX_UPLOADS_BYTES = 20_000_000
+MAX_THREADS = 130  # workers that Gradio and the API keep for a while, whoever asked
 RIGHT = (408, 413, 415, 429, 499, 503)  # refusals besides the client's own mistakes
 TEXTS = (
-    "what shape is in the image?", "图中是什么形状？", "", " ", "\0\x1b[2J\x07", "\u202e\ufffe\u200d" * 99, "😀" * 3000, "x" * 60_000,
-    "<image>" * 50, "<script>alert(1)</script>", "USER: ASSISTANT: </s>", "{{7*7}} ${7*7} %s %n", "\ud83d", "a" * 19_000,
+    "what shape is in the image?", "图中是什么形状？", "", " ", "\0\x1b[2J\x07", "\u202e\ufffe\u200d" * 99, "😀" * 3000,
+    "x" * 60_000, "<image>" * 50, "<script>alert(1)</script>", "USER: ASSISTANT: </s>", "{{7*7}} ${7*7} %s %n",
+    "\ud83d", "a" * 19_000,
 )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ class Stranger:
             self.picture = name_file(answer.json()[0])
 
     def make_settings(self) -> list[Any]:
-        odd = [None, -1, 1e308, "0", [], True, 0.5]
+        odd: list[Any] = [None, -1, 1e308, "0", [], True, 0.5]
         return [self.chance.choice([usual] * 6 + odd) for usual in (0, 1, self.chance.randint(1, 6))]
 
     async def join(self, name: str, data: list[Any]) -> str | None:
@@ -84,16 +86,24 @@ class Stranger:
                                  headers={"content-type": "application/json"})  # fmt: skip
         return answer.json()["event_id"] if answer is not None and answer.status_code == 200 else None
 
-    async def listen(self, num_messages: int = 10**6) -> None:
-        """Read events, and perhaps go in the middle."""
+    async def listen(self, event: str, num_messages: int = 10**6) -> None:
+        """Read until an event is over, or go in the middle."""
         with contextlib.suppress(httpx.ReadError, httpx.RemoteProtocolError):
-            options = {"params": {"session_hash": self.session}}
-            async with self.client.stream("GET", "/gradio_api/queue/data", **options) as stream:
+            options: dict[str, Any] = {"params": {"session_hash": self.session}}
+            async with (
+                asyncio.timeout(WAIT_S),
+                self.client.stream("GET", "/gradio_api/queue/data", **options) as stream,
+            ):
                 self.statuses[stream.status_code] += 1
                 async for line in stream.aiter_lines():
                     num_messages -= line.startswith("data:")
-                    if num_messages <= 0:
+                    if num_messages <= 0 or ("process_completed" in line and event in line):
                         return
+
+    async def follow(self, name: str, data: list[Any], num_messages: int = 10**6) -> None:
+        event = await self.join(name, data)
+        if event is not None:
+            await self.listen(event, num_messages)
 
     async def chat(self) -> None:
         history = self.chance.choice([[], [], [], None, "x", [{"role": "user", "content": "x"}], [{"role": "root"}]])
@@ -104,37 +114,36 @@ class Stranger:
             self.chance.choice(self.voices),
             *self.make_settings(),
         ]
-        if await self.join("ask", data):
-            await self.listen()
+        await self.follow("ask", data)
 
     async def compare(self) -> None:
         voices = [self.chance.choice([*self.voices, "nobody"]) for _ in range(2)]
-        if await self.join("ask_4", [self.chance.choice(TEXTS), self.picture, *voices, *self.make_settings()]):
-            await self.listen()
+        await self.follow("ask_4", [self.chance.choice(TEXTS), self.picture, *voices, *self.make_settings()])
 
     async def look(self) -> None:
         said = [
             {"role": role, "content": [{"type": "text", "text": self.chance.choice(TEXTS)}]}
             for role in ("user", "assistant")
         ]
-        if await self.join("look", [said, self.picture, self.voices[0]]):
-            await self.listen()
+        await self.follow("look", [said, self.picture, self.voices[0]])
 
     async def leave(self) -> None:
-        if await self.join("ask", [TEXTS[0], [], self.picture, self.voices[0], 0, 1, 500]):
-            await self.listen(self.chance.randint(0, 4))
+        data = [TEXTS[0], [], self.picture, self.voices[0], 0, 1, 500]
+        await self.follow("ask", data, self.chance.randint(0, 4))
 
     async def cancel(self) -> None:
         event = await self.join("ask", [TEXTS[0], [], self.picture, self.voices[0], 0, 1, 500])
         if event is not None:
             body = {"session_hash": self.session, "fn_index": self.events["ask"]["id"], "event_id": event}
             await self.send("POST", "/gradio_api/cancel", json=body)
-            await self.listen()
+            await self.listen(event)
 
     async def ask_api(self) -> None:
         question = {"role": self.chance.choice(["user", "user", "user", "root"]), "content": self.chance.choice(TEXTS)}
-        body = {"model": self.chance.choice([*self.voices, "nobody", 7]), "messages": [question], "stream": self.chance.random() < 0.5,
-                "max_tokens": self.chance.choice([1, 3, 6, 0, -1, 1e9, "x"])}  # fmt: skip
+        body = {
+            "model": self.chance.choice([*self.voices, "nobody", 7]), "messages": [question],
+            "stream": self.chance.random() < 0.5, "max_tokens": self.chance.choice([1, 3, 6, 0, -1, 1e9, "x"]),
+        }  # fmt: skip
         content = json.dumps(body).encode()
         await self.send("POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
 
@@ -210,7 +219,6 @@ def test_two_hundred_visitors_leave_nothing(page: tuple[str, int, Path]) -> None
     assert statuses[200] > NUM_VISITORS
     assert {status for status in statuses if status >= 500} <= set(RIGHT), statuses
     assert later_memory - memory < MAX_GROWTH_BYTES
-    assert later_num_threads <= num_threads + 5
+    assert max(num_threads, later_num_threads) < MAX_THREADS
     assert measure_folder(uploads) < MAX_UPLOADS_BYTES
     assert Visitor(address).chat(TEXTS[0], picture, voice) == answer
-    print(statuses, memory, later_memory, num_threads, later_num_threads)

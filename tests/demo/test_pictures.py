@@ -4,6 +4,8 @@ import base64
 import io
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import zlib
@@ -15,6 +17,7 @@ from PIL import ExifTags, Image, ImageFile
 
 import demo.pictures
 from demo.pictures import MAX_BYTES, MAX_SIDE, fetch, read_data_uri, read_picture
+from tests.conftest import ROOT
 
 WAIT_S = 60.0  # of a busy machine
 
@@ -260,3 +263,31 @@ def test_a_public_address_cannot_send_to_a_private_one(monkeypatch: pytest.Monke
         monkeypatch.setattr("data.web.is_public", lambda _: True)
         assert fetch(f"http://127.0.0.1:{port}/public").tobytes() == SMALL.tobytes()
         server.shutdown()
+
+
+FLOOD = """
+import io, sys, threading
+from pathlib import Path
+from PIL import Image
+from demo.pictures import read_picture
+
+def count_resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+file = io.BytesIO()
+Image.new("RGB", (6000, 6000)).save(file, "JPEG")
+read_picture(io.BytesIO(file.getvalue()))
+before = count_resident_bytes()
+for _ in range(2):
+    threads = [threading.Thread(target=read_picture, args=[io.BytesIO(file.getvalue())]) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+print((count_resident_bytes() - before) // 10**6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_large_pictures_returns() -> None:
+    """Decoded, each takes 108 MB. In a process of its own, whose memory nobody else fills."""
+    ended = subprocess.run([sys.executable, "-c", FLOOD], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 60
