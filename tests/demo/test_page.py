@@ -94,12 +94,17 @@ def picture(tmp_path: Path) -> Path:
 
 
 def choose_length(page: Any, tab: str, num_tokens: int) -> None:
-    """Set the longest answer; the settings lie folded."""
-    slider = page.locator(f"#{tab}-settings input[type=number]").last
-    if not slider.is_visible():
+    """Set the longest answer; the settings lie folded, and when they unfold Gradio sets them once more."""
+    number, slider = (page.locator(f"#{tab}-settings input[type={kind}]").last for kind in ("number", "range"))
+    if not number.is_visible():
         page.locator(f"#{tab}-settings > button").click()
-    slider.fill(str(num_tokens))
-    slider.press("Tab")
+    for _ in range(20):
+        number.fill(str(num_tokens))
+        number.press("Tab")
+        page.wait_for_timeout(500)
+        if slider.input_value() == number.input_value() == str(num_tokens):
+            return
+    raise AssertionError(f"the slider stays at {slider.input_value()}")
 
 
 def read_answers(page: Any) -> list[str]:
