@@ -13,7 +13,7 @@ from PIL.Image import Image
 from data.conversation import Turn
 from demo.difference import find_differences, mark
 from demo.line import Ticket
-from demo.page import Askings, build_settings, describe_cost, follow, open_upload, read_settings, tell
+from demo.page import Askings, build_settings, describe_cost, follow, open_upload, read_settings, show_buttons, tell
 from demo.service import Service
 from demo.voice import Answer, Settings
 from demo.votes import CHOICES, VoteError, VoteFile, VoteFolderFullError
@@ -118,7 +118,7 @@ class Compare:
     ) -> Generator[list[Any], None, None]:  # fmt: skip
         """Yield what status line, answers, ballot, votes, Ask and Stop show while the answers come."""
         with self.askings.begin(request) as asking:
-            yield ["", gr.skip(), *_show_votes(""), *_show_buttons(is_running=True)]
+            yield ["", gr.skip(), *_show_votes(""), *show_buttons(is_running=True)]
             try:
                 if not question.strip():
                     raise tell("page_no_question", self.words, request)
@@ -129,12 +129,12 @@ class Compare:
                     told, answers = (step, answers) if isinstance(step, str) else ("", step)
                     yield [told, self.show(names, answers, request), *[gr.skip()] * 4]
             except gr.Error:
-                yield ["", gr.skip(), *_show_votes(""), *_show_buttons(is_running=False)]
+                yield ["", gr.skip(), *_show_votes(""), *show_buttons(is_running=False)]
                 raise
             told, ballot = self.words.say("page_stopped", request) if asking.is_stopped else "", ""
             if self.votes is not None and not asking.is_stopped:
                 ballot = self.votes.offer(_describe(names, question, answers, settings), image)
-            yield [told, gr.skip(), *_show_votes(ballot), *_show_buttons(is_running=False)]
+            yield [told, gr.skip(), *_show_votes(ballot), *show_buttons(is_running=False)]
 
     def prepare(
         self, names: Sequence[str], question: str, picture: Image, sliders: Sequence[float], request: gr.Request | None
@@ -204,10 +204,6 @@ def _describe(names: Sequence[str], question: str, answers: Sequence[Answer], se
 
 def _show_votes(ballot: str) -> tuple[Any, Any]:
     return ballot, gr.update(visible=bool(ballot))
-
-
-def _show_buttons(is_running: bool) -> tuple[Any, Any]:
-    return gr.update(visible=not is_running), gr.update(visible=is_running)
 
 
 def build_compare(

@@ -184,6 +184,11 @@ def in_words(words: Words, request: gr.Request) -> Generator[None, None, None]:
         raise tell("page_broken", words, request) from error
 
 
+def show_buttons(is_running: bool) -> tuple[Any, Any]:
+    """Return how a button that asks and one that stops are shown."""
+    return gr.update(visible=not is_running), gr.update(visible=is_running)
+
+
 def describe_cost(answer: Answer, words: Words, request: gr.Request | None) -> str:
     """Return what an answer cost, in one line."""
     cost: dict[str, Any] = {

@@ -19,7 +19,8 @@ from PIL import Image
 from data.conversation import Turn, parse_turns
 from data.tokenizer import Tokenizer
 from demo import chat_tab, page, service
-from demo.chat_tab import Chat, Messages, edit, make_chatbot, read_turns, take_back, to_llava_json
+from demo.chat import Chat, Messages, edit, read_turns, take_back, to_llava_json
+from demo.chat_tab import make_chatbot
 from demo.line import Line
 from demo.service import Service
 from demo.voice import Settings, Voice, speak
