@@ -138,19 +138,25 @@ def launch(
     remember_little()
     # The line decides who is next; Gradio's queue lets all through to it.
     blocks.queue(default_concurrency_limit=None, max_size=MAX_EVENTS, api_open=False)
-    blocks.launch(
-        server_name=host, server_port=port, share=share, auth=(user, password) if auth else None,
-        max_file_size=MAX_BYTES, state_session_capacity=MAX_SESSIONS, enable_monitoring=False, ssr_mode=False,
-        mcp_server=False, footer_links=[], run_history=False, show_error=False, i18n=words.i18n,
-        theme=gr.themes.Soft(font=FONTS, font_mono=MONO_FONTS),
-        css=CSS + chat_tab.CSS + compare_tab.CSS + dashboard.CSS,
-        head=f"<script>{chat_tab.PASTE_JS}{page.LOOK_JS}</script>",
-        app_kwargs={
-            "routes": [*api.make_routes(service, auth), *uploads.Uploads(words).make_routes()],
-            "middleware": [Middleware(Guard)],
-            "docs_url": None, "redoc_url": None, "openapi_url": None,
-        },
-    )  # fmt: skip
+    try:
+        _, local, public = blocks.launch(
+            server_name=host, server_port=port, share=share, auth=(user, password) if auth else None, quiet=True,
+            prevent_thread_lock=True, max_file_size=MAX_BYTES, state_session_capacity=MAX_SESSIONS,
+            enable_monitoring=False, ssr_mode=False, mcp_server=False, footer_links=[], run_history=False,
+            show_error=False, i18n=words.i18n, theme=gr.themes.Soft(font=FONTS, font_mono=MONO_FONTS),
+            css=CSS + chat_tab.CSS + compare_tab.CSS + dashboard.CSS,
+            head=f"<script>{chat_tab.PASTE_JS}{page.LOOK_JS}</script>",
+            app_kwargs={
+                "routes": [*api.make_routes(service, auth), *uploads.Uploads(words).make_routes()],
+                "middleware": [Middleware(Guard)],
+                "docs_url": None, "redoc_url": None, "openapi_url": None,
+            },
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(f"port {port} of {host} is taken, or not for this user: --port names another") from error
+    where = f"{public} and {local}" if public else local
+    print(f"open {where} in a browser; OpenAI's clients take {local}v1; Ctrl-C ends it", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def look(arguments: argparse.Namespace) -> None:
         make_look_picture(
             inside, picture, input_ids, num_answer, voice.tokenizer, arguments.prompt, arguments.language
         ).save(out)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+    print(f"{out}: {out.stat().st_size / 1000:,.0f} kB", file=sys.stderr)
     if num_answer > len(inside.chosen_ids):
         print(f"the first {len(inside.chosen_ids)} of the answer's {num_answer} tokens were looked at", file=sys.stderr)
 
