@@ -54,7 +54,8 @@ class Line:
                 while not self.tickets:
                     self.has_changed.wait()
                 ticket = self.tickets[0]
-            ticket.work()
+            if not ticket.has_left:
+                ticket.work()
             with self.has_changed:
                 self.tickets.popleft()
             del ticket  # and what its job holds

@@ -2,6 +2,8 @@
 
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -212,13 +214,18 @@ def test_truncated_file(kind: str) -> None:
             open_image(io.BytesIO(content[:length]))
 
 
-def test_pixel_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_limit() -> None:
     """A small file can claim to be larger than memory; it is refused before it is decoded."""
-    monkeypatch.setattr(data.image, "MAX_PIXELS", 91)
-    assert open_image(encode_image(make_noise(13, 7), "PNG")).size == (13, 7)
+    assert open_image(encode_image(make_noise(13, 7), "PNG"), max_pixels=91).size == (13, 7)
     content = encode_image(make_noise(23, 4), "PNG").getvalue()
     with pytest.raises(ValueError, match="cannot read the picture: 23 x 4 pixels, the limits are 91 pixels"):
-        open_image(io.BytesIO(content[:60]))
+        open_image(io.BytesIO(content[:60]), max_pixels=91)
+    size = struct.pack(">II", 23, 4)
+    assert content.count(size) == 1
+    huge = content.replace(size, struct.pack(">II", 10_001, 10_000))
+    head, checksum = huge[:29], struct.pack(">I", zlib.crc32(huge[12:29]))
+    with pytest.raises(ValueError, match=f"10001 x 10000 pixels, the limits are {data.image.MAX_PIXELS} pixels"):
+        open_image(io.BytesIO(head + checksum + huge[33:]))
 
 
 def test_pillows_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:

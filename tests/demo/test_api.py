@@ -363,6 +363,7 @@ def test_proxies_hear_of_a_long_wait(served: Served, gate: Gate, monkeypatch: py
     read_until(sockets[1], b": 1 before you\n\n", times=3)
     for one in sockets:
         one.close()
+    wait_until(lambda: not served.service.line.tickets)  # or they would be heard of in the next test
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
