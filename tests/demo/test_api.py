@@ -345,8 +345,7 @@ def test_a_full_line_refuses_and_nobody_hangs(serve: Callable[..., Served], gate
 
 def test_whoever_waits_hears_how_many_are_before(served: Served, gate: Gate) -> None:
     """In comments, which clients pass over."""
-    body = request_of(ask("hello"), stream=True)
-    sockets = [open_request(served, body) for _ in range(2)]
+    sockets = open_in_order(served, 2)
     read_until(sockets[1], b"\n: 1 before you\n\n")
     second_client = iter(create(served.connect(), ask("hello"), stream=True))
     assert next(second_client).choices[0].delta.role == "assistant"
@@ -359,7 +358,7 @@ def test_whoever_waits_hears_how_many_are_before(served: Served, gate: Gate) -> 
 
 def test_proxies_hear_of_a_long_wait(served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demo.api.KEEP_ALIVE_S", 0.05)
-    sockets = [open_request(served, request_of(ask("hello"), stream=True)) for _ in range(2)]
+    sockets = open_in_order(served, 2)
     read_until(sockets[1], b": 1 before you\n\n", times=3)
     for one in sockets:
         one.close()
@@ -370,11 +369,7 @@ def test_proxies_hear_of_a_long_wait(served: Served, gate: Gate, monkeypatch: py
 def test_a_client_that_is_gone_frees_its_place(served: Served, gate: Gate, is_stream: bool) -> None:
     """While it waits, and while its answer is given."""
     tickets = served.service.line.tickets
-    wait_until(lambda: not tickets)
-    sockets = []
-    for number in range(3):
-        sockets.append(open_request(served, request_of(ask("hello"), stream=is_stream)))
-        wait_until(functools.partial(has_length, tickets, number + 1))
+    sockets = open_in_order(served, 3, is_stream)
     running, gone, patient = tickets
     sockets[1].close()
     wait_until(lambda: gone not in tickets)
@@ -394,6 +389,17 @@ def has_length(tickets: Sequence[object], length: int) -> bool:
     return len(tickets) == length
 
 
+def open_in_order(served: Served, number: int, is_stream: bool = True) -> list[socket.socket]:
+    """Send so many questions, each when the one before stands in line."""
+    tickets = served.service.line.tickets
+    wait_until(lambda: not tickets)
+    sockets = []
+    for length in range(1, number + 1):
+        sockets.append(open_request(served, request_of(ask("hello"), stream=is_stream)))
+        wait_until(functools.partial(has_length, tickets, length))
+    return sockets
+
+
 def open_request(served: Served, body: dict[str, Any]) -> socket.socket:
     """Send a request, and leave what comes to the caller."""
     content = json.dumps(body).encode()
@@ -407,10 +413,11 @@ def send_raw(served: Served, rest: bytes) -> socket.socket:
 
 
 def read_until(connection: socket.socket, text: bytes, times: int = 1) -> bytes:
-    heard = b""
+    heard, deadline = b"", time.monotonic() + WAIT_S
     while heard.count(text) < times:
         piece = connection.recv(65_536)
         assert piece, heard
+        assert time.monotonic() < deadline, heard[-1000:]
         heard += piece
     return heard
 
