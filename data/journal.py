@@ -53,10 +53,15 @@ def read_journal(file: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(opened, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is no JSON object")
-            yield row
+            yield parse_line(line, file, number)
+
+
+def parse_line(line: bytes, file: Path, number: int) -> dict[str, Any]:
+    """Return a line's row. Raises: ValueError naming file and line for what is no JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}, line {number} is no JSON object")
+    return row

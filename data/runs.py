@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.journal import read_journal
+from data.journal import parse_line, read_journal
 
 CONFIG, METRICS, SESSIONS = "config.toml", "metrics.jsonl", "sessions.jsonl"
 SCORES = "eval/*/scores.json"
@@ -84,13 +84,7 @@ def _read_some(file: Path, at_most: int, num_last: int) -> Iterator[tuple[int, R
             is_last = number > num_lines - num_last
             if number % stride and not is_last and b'"held_out_loss"' not in line:
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is no JSON object")
-            yield number, row
+            yield number, parse_line(line, file, number)
 
 
 def read_scores(run: Path) -> dict[str, dict[str, Any]]:

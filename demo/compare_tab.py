@@ -100,7 +100,6 @@ CSS = """
     border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius, 8px); }
 #compare-picture img { width: 100%; height: 100%; object-fit: contain; }
 #compare-left input, #compare-right input { text-overflow: ellipsis; padding-right: 2em; }
-#compare-examples thead { display: none; } /* Gradio does not translate it */
 @media (max-width: 640px) { .compare-pair { grid-template-columns: 1fr; } }
 @media (prefers-reduced-motion: reduce) { .tabitem:has(#compare-stop) .compare-writing p::after { animation: none; } }
 """

@@ -8,10 +8,8 @@ import html
 import io
 import json
 import re
-import shutil
 import string
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,19 +143,6 @@ def test_texts_are_those_that_the_document_says() -> None:
     source += "".join((folder / name).read_text(encoding="utf-8") for name in ("look_page.py", "look_picture.py"))
     said = set(re.findall(r'(?:data-text="|say\("|texts\[")(\w+)"', source))
     assert said == set(LOOK_TEXTS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, as the system has it."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
 
 
 def open_document(browser: Any, folder: Path, page: str, width: int = 1280) -> tuple[Any, list[str]]:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from model.llava import Llava
 from tests.demo.test_dashboard import make_run, write_scores
 from tests.model.checkpoints import write_official_lora
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
 DESKTOP, PHONE = (1280, 860), (390, 844)
 TIMEOUT_MS = 120_000
 
@@ -39,16 +36,6 @@ def address(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     options = ["--model-path", tiny_model_folder, "--adapter", folder / "tuned", "--runs", folder / "runs"]
     with serve([*map(str, options), "--log-dir", str(folder / "votes"), "--device", "cpu"]) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:

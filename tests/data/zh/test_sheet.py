@@ -1,9 +1,7 @@
 """The sheet that people judge, in a real browser, and the tally of their marks."""
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,19 +56,6 @@ def write_hostile_work(work: Path) -> str:
     write_rows(work / DIALOGUES, [reply, *replies[1:]])
     (work / records[1].image).write_bytes(b"no picture")
     return reply.key
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, as the system has it."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
 
 
 def open_sheet(context: Any, work: Path) -> tuple[Any, list[str]]:
