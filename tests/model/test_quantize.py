@@ -16,6 +16,7 @@ from model.generate import generate
 from model.llava import Llava
 from model.quantize import (
     GROUP_SIZE,
+    KERNEL_ROWS,
     LINEARS,
     QuantizedLinear,
     pack_for_decoding,
@@ -134,16 +135,38 @@ def test_any_dtype_in_and_out(bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 40)])
 @pytest.mark.parametrize(("out_features", "in_features"), [(48, 64), (80, 128), (32, 192), (176, 100)])
 def test_kernels_agree_with_the_plain_path(
-    bits: int, shape: tuple[int, int], out_features: int, in_features: int
+    bits: int,
+    multiplies_bf16: bool,
+    shape: tuple[int, int],
+    out_features: int,
+    in_features: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On either kind of CPU, whichever this one is."""
+    monkeypatch.setattr("model.quantize.MULTIPLIES_BF16", multiplies_bf16)
     linear, _ = make_linear(out_features, in_features, bits)
     x = torch.randn(*shape, in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     plain = F.linear(x, linear.dequantize(torch.bfloat16))
     linear.pack_for_decoding()
     assert relative_difference(linear(x), plain) < KERNEL_TOLERANCE
+
+
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
+def test_8_bit_kernel_is_for_few_rows_where_bf16_is_multiplied(
+    multiplies_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row more takes the plain path, to the last bit; elsewhere, and with few rows, other roundings show."""
+    monkeypatch.setattr("model.quantize.MULTIPLIES_BF16", multiplies_bf16)
+    linear, _ = make_linear(80, 128, bits=8)
+    weight = linear.dequantize(torch.bfloat16)
+    x = torch.randn(1, KERNEL_ROWS + 1, 128, generator=torch.Generator().manual_seed(6)).bfloat16()
+    few = x[:, 1:]
+    assert torch.equal(linear(x), F.linear(x, weight)) == multiplies_bf16
+    assert not torch.equal(linear(few), F.linear(few, weight))
 
 
 def test_offsets_that_are_far_from_the_middle_agree() -> None:
