@@ -86,6 +86,7 @@ class TrainConfig:
     # fsdp: the ranks share one copy of the weights; hsdp: those of a machine do; ddp: a copy each (small, or in 4 bits)
     parallel: str = "fsdp"
     checkpoint_layers: int = 0  # of the LLaMA, from the first: their activations are computed again in backward
+    compile: bool = False  # the LLaMA's layers through torch.compile: takes a minute before the first step
     card_gib: float = 0.0  # memory that a rank may use, for the plan; 0 is what its card has
     peak_tflops: float = 0.0  # one card's dense peak in `dtype`, for MFU; 0 leaves MFU out
 
@@ -221,8 +222,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 # What may change between a run and its checkpoint: where and how fast, not what is learned.
 NOT_OF_THE_RESULT = {
-    "parallel", "checkpoint_layers", "card_gib", "peak_tflops", "num_workers", "save_every", "keep_checkpoints",
-    "tensorboard", "score", "keep",
+    "parallel", "checkpoint_layers", "compile", "card_gib", "peak_tflops", "num_workers", "save_every",
+    "keep_checkpoints", "tensorboard", "score", "keep",
 }  # fmt: skip
 
 

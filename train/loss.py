@@ -57,7 +57,7 @@ class NextToken(nn.Module):
 
         Only supervised positions meet `lm_head`: the others' logits, most of them, are never made.
         """
-        attend = PackedAttention(batch.cu_seqlens, batch.branch_ids)
+        attend = UncompiledAttention(batch.cu_seqlens, batch.branch_ids)
         features = self._encode(batch) if self.reads != "text" else None
         hidden_states = self.llava(batch.input_ids[None], batch.position_ids[None], attend, features)[0]  # (T, D)
         # The position before a token predicts it. (A, D)
@@ -76,6 +76,14 @@ class NextToken(nn.Module):
             given, size = batch.pixel_values, (vision.image_size, vision.image_size)
             encoded = self.llava.encode_images(blank(1, 3, *size) if given is None else given)
         return encoded if given is not None else encoded[:0]
+
+
+class UncompiledAttention(PackedAttention):
+    """Stays outside of what `torch.compile` makes of a layer, which would be new code for every batch's lengths."""
+
+    @torch.compiler.disable
+    def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().__call__(layer_index, q, k, v)
 
 
 class TokenLoss(nn.Module):
