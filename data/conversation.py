@@ -32,6 +32,7 @@ from data.tokenizer import Tokenizer
 IGNORE_INDEX = -100  # a label nothing is learned from
 IMAGE_TOKEN_ID = -200  # the official sentinel: outside every vocabulary, stands P times for one image
 IMAGE_MARKER = "<image>"
+POSITIONS = list(range(4096))  # making the numbers anew for every document takes longer than all else of joining it
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -91,7 +92,7 @@ class Rendered:
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 def parse_turns(row: object) -> list[Turn]:
@@ -246,9 +247,10 @@ def _join(segments: Sequence[_Segment], tokens_per_image: int) -> Rendered:
             branch, next_position = segment.branch, trunk_length  # a branch goes on where the trunk ended
         input_ids += ids
         labels += ids if segment.supervised else [IGNORE_INDEX] * len(ids)
-        position_ids += range(next_position, next_position + len(ids))
+        end = next_position + len(ids)
+        position_ids += POSITIONS[next_position:end] if end <= len(POSITIONS) else range(next_position, end)
         branch_ids += [branch] * len(ids)
-        next_position += len(ids)
+        next_position = end
     return Rendered(input_ids, labels, position_ids, branch_ids, sum(segment.ids is None for segment in segments))
 
 

@@ -23,10 +23,6 @@ from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-# What each of a channel's 256 values becomes, (3, 256): rescaled in double precision and normalised in single, as
-# CLIPImageProcessor does, to the last bit. Looking a value up takes a tenth of the time of computing it.
-RESCALED = (np.arange(256) * (1 / 255)).astype(np.float32)
-NORMALISED = np.stack([(RESCALED - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD, strict=True)])
 PAD_COLOUR = tuple(int(channel * 255) for channel in MEAN)
 ASPECTS = ("pad", "square")
 # What the web and data sets hold. Pillow knows 40 more, one of which starts Ghostscript.
@@ -49,7 +45,8 @@ def open_image(file: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Im
     try:
         with Image.open(file, formats=FORMATS) as image:
             check_size(image.width, image.height, max_pixels)
-            return convert_to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return convert_to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged file makes the decoders stumble in all sorts of ways
@@ -97,25 +94,49 @@ def preprocess_image(image: Image.Image, image_size: int, aspect: str = "pad") -
             (stage 1). Both are official.
     """
     if aspect == "pad":
-        image = pad_to_square(image)
-    elif aspect != "square":
+        image = _pad_and_resize(image, image_size)
+    elif aspect == "square":
+        image = _resize_and_crop(image, image_size)
+    else:
         raise ValueError(f"aspect {aspect!r} is unknown, expected one of {', '.join(ASPECTS)}")
+    pixels = np.empty((3, image_size, image_size), dtype=np.float32)
+    # CLIPImageProcessor rescales in double precision; for all 256 values the rounded result is the same.
+    np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(255), out=pixels)
+    pixels -= np.array(MEAN, dtype=np.float32)[:, None, None]
+    pixels /= np.array(STD, dtype=np.float32)[:, None, None]
+    return torch.from_numpy(pixels)
+
+
+def _pad_and_resize(image: Image.Image, image_size: int) -> Image.Image:
+    """Do `pad_to_square` and then resize to S.
+
+    Pillow resizes along the width, then along the height, and a row of one colour stays that to the last bit. So a
+    wide picture is made narrow before its ground is laid: a quarter less to do for a photo of 4 to 3.
+    """
+    side = width = max(image.size)
+    if image.height < side:
+        width = image_size
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return _lay_on_ground(image, width, side).resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
     short = min(image.size)
     width, height = (int(image_size * side / short) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
-    image = image.crop((left, top, left + image_size, top + image_size))
-    pixels = np.empty((3, image_size, image_size), dtype=np.float32)
-    for channel, values in enumerate(image.split()):
-        np.take(NORMALISED[channel], np.asarray(values), out=pixels[channel], mode="clip")
-    return torch.from_numpy(pixels)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
     """Centre the picture on a square of CLIP's mean colour."""
     side = max(image.size)
-    if image.size == (side, side):
+    return _lay_on_ground(image, side, side)
+
+
+def _lay_on_ground(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
         return image
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    ground = Image.new("RGB", (width, height), PAD_COLOUR)
+    ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return ground

@@ -19,7 +19,7 @@ from model.machine import describe_machine
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_EVERY_S = 0.002
 BANDWIDTH_BYTES = 2**30  # far more than any cache holds
-PRODUCT_SIZE = 2048
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 
 Result = TypeVar("Result")
 Figures = Mapping[str, float]  # one contestant's in one round; names end in their unit
@@ -150,10 +150,11 @@ def measure_read_bandwidth(device: str) -> float:
     return BANDWIDTH_BYTES / _best_time(tensor.sum, device)
 
 
-def measure_product_rate(device: str) -> float:
-    """Return the floating-point operations per second of a large fp32 matrix product: the best of ten."""
-    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
-    return 2 * PRODUCT_SIZE**3 / _best_time(lambda: matrix @ matrix, device)
+def measure_product_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a large matrix product: the best of ten."""
+    size = PRODUCT_SIZE[torch.device(device).type]
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best_time(lambda: matrix @ matrix, device)
 
 
 def _best_time(run: Callable[[], object], device: str) -> float:

@@ -40,6 +40,9 @@ walking holding wearing looking riding parked covered surrounded appears suggest
 activity various positioned scene while near there are is and
 """
 WORDS = np.array(TEXT.split())
+NEW_WORDS = 1 / 30  # share of a text's words that are nowhere else, so that remembering words does not help with them
+NEW_WORD_LETTERS = 7
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 PROMPT_TOKENS = 60  # of a row: the system prompt, roles and ends
 MAX_QUESTIONS = 5  # of a row
 MIN_WORDS = 5 * MAX_QUESTIONS
@@ -52,13 +55,14 @@ class Sizes:
     pictures: int
     conversations: int
     steps: int  # in a round of loading
+    training_steps: int
     coco_pictures: int  # with five captions each
     genome_pictures: int  # with 16 questions each
     rows: int  # of the file that is opened
 
 
-FULL = Sizes(PICTURES_PER_SHARD, 2048, 12, 20_000, 5000, rows=665_298)  # the rows of LLaVA's mixture, published
-TINY = Sizes(10, 160, 1, 50, 20, rows=300)
+FULL = Sizes(PICTURES_PER_SHARD, 2048, 12, 24, 20_000, 5000, rows=665_298)  # the rows of LLaVA's mixture, published
+TINY = Sizes(10, 160, 1, 3, 50, 20, rows=300)
 
 
 def make_files(folder: Path, sizes: Sizes, num_rows: int) -> None:
@@ -117,7 +121,10 @@ def make_conversation(num_words: int, has_image: bool, generator: np.random.Gene
 
 
 def write_text(num_words: int, generator: np.random.Generator) -> str:
-    return " ".join(WORDS[generator.integers(0, len(WORDS), num_words)]).capitalize()
+    words = WORDS[generator.integers(0, len(WORDS), num_words)].tolist()
+    for place in np.flatnonzero(generator.random(num_words) < NEW_WORDS):
+        words[place] = "".join(LETTERS[generator.integers(0, len(LETTERS), NEW_WORD_LETTERS)])
+    return " ".join(words).capitalize()
 
 
 def write_annotations(folder: Path, sizes: Sizes, generator: np.random.Generator) -> None:

@@ -4,8 +4,10 @@ One picture and 64 words per row, the same random weights, greedy, no end of tex
 as it comes (dynamic cache, bf16, SDPA), and with its static cache; on a GPU it compiles the latter by itself. Each
 contestant is a new process, which answers once to warm up and once for the clock.
 
-The limit of a decoded step is memory: every weight of the language model is read once for all rows, so a share of the
-limit is (bytes of weights per step) * (steps per second) / (bytes per second at which a large tensor is summed).
+The limit of a decoded step is memory: every weight of the language model is read once for all rows, and every row's
+keys and values. A share of the limit is (bytes of weights + bytes of keys and values) * (steps per second) / (bytes per
+second at which a large tensor is summed), each contestant's bytes in its own dtypes: on CPUs this project's keys are
+in fp32 and the peer's in bf16. Goals are set for batch 1.
 """
 
 import argparse
@@ -34,12 +36,14 @@ from eval.measure import (
 )
 from eval.speed_weights import HF_BF16, SIZES, load_transformers, prepare_checkpoint
 from model.config import LlavaConfig
-from model.generate import generate_stream
+from model.generate import generate_stream, make_slots
+from model.llama import LlamaConfig
 from model.quantize import pack_for_decoding
 from model.weights import load_llava
 
 REPEATS = 3
 NUM_WORDS = 64
+CPU_ROWS_TIMES_TOKENS = 512  # on a CPU, many rows answer with fewer tokens each: their prefill takes minutes already
 NO_END = -1  # no token's id: answers have all the tokens that are asked for
 
 
@@ -89,7 +93,6 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "size": arguments.size,
         "repeats": repeats,
         "prompt_tokens": 1 + SIZES[arguments.size].vision.num_patches + NUM_WORDS,
-        "new_tokens": arguments.new_tokens,
         "read_bandwidth_bytes_per_s": bandwidth,
         "environment": environment,
     }
@@ -103,54 +106,65 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, rows in of_batch.items()
             if CONTESTANTS[name].bits == 16
         }
-        goals = list_goals(ratio, device)
-        results.append(
-            {**shared, "batch": batch, **summary, "ratio": ratio, "agreeing_tokens": agreeing, "goals": goals}
-        )
+        sizes = {"batch": batch, "new_tokens": count_new_tokens(arguments.new_tokens, batch, device)}
+        goals = list_goals(ratio, device) if batch == 1 else []
+        results.append({**shared, **sizes, **summary, "ratio": ratio, "agreeing_tokens": agreeing, "goals": goals})
     return results
+
+
+def count_new_tokens(new_tokens: int, batch: int, device: str) -> int:
+    """Return how many tokens each of so many rows answers with."""
+    return new_tokens if device != "cpu" else max(2, min(new_tokens, CPU_ROWS_TIMES_TOKENS // batch))
 
 
 def compare_with_peer(median: dict[str, dict[str, float]], batch: int, bandwidth: float) -> dict[str, dict[str, float]]:
     """Return every contestant's figures as parts of the peer's and of the limit."""
     peer, ratio = median[PEER], {}
     for name, row in median.items():
-        steps_per_s = row["decoded_tokens_per_s"] / batch
+        bytes_per_s = row["read_per_step_bytes"] * row["decoded_tokens_per_s"] / batch
         ratio[name] = {
             "first_token_to_transformers": row["first_token_s"] / peer["first_token_s"],
             "decode_to_transformers": row["decoded_tokens_per_s"] / peer["decoded_tokens_per_s"],
-            "share_of_bandwidth": row["weights_per_step_bytes"] * steps_per_s / bandwidth,
+            "share_of_bandwidth": bytes_per_s / bandwidth,
         }
     return ratio
 
 
 def measure(
-    name: str, folder: Path, config: LlavaConfig, device: str, batch_sizes: Sequence[int], new_tokens: int
+    name: str, folder: Path, config: LlavaConfig, device: str, batch_sizes: Sequence[int], most_new_tokens: int
 ) -> dict[int, Measured]:
     """Load the model and answer one batch of each size; the process is new."""
     contestant = CONTESTANTS[name]
     prepare = prepare_ours if contestant.peer_cache is None else prepare_transformers
-    answer, decoder = prepare(contestant, folder, device)
+    answer, decoder, cache_dtype = prepare(contestant, folder, device)
     results = {}
     for batch in batch_sizes:
+        new_tokens = count_new_tokens(most_new_tokens, batch, device)
         ids, pictures = make_prompts(config, batch, device)
         warm_up(answer, ids, pictures, new_tokens)
         tokens: list[Tensor] = []
         seen_at: list[float] = []
 
-        def note(token: Tensor, tokens: list[Tensor] = tokens, seen_at: list[float] = seen_at) -> None:
-            if not tokens or len(tokens) == new_tokens - 1:
+        def note(
+            token: Tensor, tokens: list[Tensor] = tokens, seen_at: list[float] = seen_at, last: int = new_tokens
+        ) -> None:
+            tokens.append(token)
+            if len(tokens) in (1, last):
                 wait_for(device)
                 seen_at.append(time.perf_counter())
-            tokens.append(token)
 
         wait_for(device)
         started = time.perf_counter()
         answer(ids, pictures, new_tokens, note)
         first, last = seen_at
+        weights = count_step_bytes(decoder)
+        # A step sees the prompt and the tokens so far; of the steps between the two clocks, the mean.
+        caches = count_cache_bytes(config.text, batch, ids.shape[1] + new_tokens / 2, cache_dtype)
         figures = {
             "first_token_s": first - started,
             "decoded_tokens_per_s": batch * (new_tokens - 1) / (last - first),
-            "weights_per_step_bytes": count_step_bytes(decoder),
+            "weights_per_step_bytes": weights,
+            "read_per_step_bytes": weights + caches,
         }
         results[batch] = Measured(figures, torch.stack(tokens, dim=1).tolist())
     return results
@@ -173,7 +187,7 @@ def make_prompts(config: LlavaConfig, batch: int, device: str) -> tuple[Tensor, 
     return torch.cat([begin, placeholders, words], dim=1).to(device), pictures.to(device, torch.bfloat16)
 
 
-def prepare_ours(contestant: Contestant, folder: Path, device: str) -> tuple[Answer, nn.Module]:
+def prepare_ours(contestant: Contestant, folder: Path, device: str) -> tuple[Answer, nn.Module, torch.dtype]:
     model = load_llava(folder, device=device, bits=contestant.bits)
     if contestant.bits == 4 and device == "cpu":
         pack_for_decoding(model)
@@ -182,10 +196,10 @@ def prepare_ours(contestant: Contestant, folder: Path, device: str) -> tuple[Ans
         for tokens in generate_stream(model, list(ids), pictures, NO_END, new_tokens, compile=contestant.compile):
             note(tokens)
 
-    return answer, model.language_model
+    return answer, model.language_model, make_slots(model.language_model, 1, 1)[0].dtype
 
 
-def prepare_transformers(contestant: Contestant, folder: Path, device: str) -> tuple[Answer, nn.Module]:
+def prepare_transformers(contestant: Contestant, folder: Path, device: str) -> tuple[Answer, nn.Module, torch.dtype]:
     model = load_transformers(folder, device)
     model.generation_config.eos_token_id = None
     options = {"cache_implementation": "static"} if contestant.peer_cache == "static" else {}
@@ -197,7 +211,7 @@ def prepare_transformers(contestant: Contestant, folder: Path, device: str) -> t
             max_new_tokens=new_tokens, streamer=Streamer(note), **options,
         )  # fmt: skip
 
-    return answer, nn.ModuleList([model.model.language_model, model.lm_head])
+    return answer, nn.ModuleList([model.model.language_model, model.lm_head]), model.dtype
 
 
 class Streamer:
@@ -216,8 +230,18 @@ class Streamer:
 
 
 def count_step_bytes(decoder: nn.Module) -> int:
-    """Return the bytes of all that a step reads whole: of the table of words it reads only a row."""
-    return sum(tensor.nbytes for name, tensor in decoder.named_parameters() if "embed_tokens" not in name)
+    """Return the bytes of all weights that a step reads whole: of the table of words it reads only a row."""
+    tensors = dict(decoder.named_parameters())
+    unread = ["embed_tokens"]
+    if any("packed_codes" in name for name in tensors):
+        unread += ["weight_codes", "weight_scale", "weight_zero"]  # for many rows, see `model/quantize.py`
+    return sum(tensor.nbytes for name, tensor in tensors.items() if not any(part in name for part in unread))
+
+
+def count_cache_bytes(config: LlamaConfig, batch: int, num_tokens: float, dtype: torch.dtype) -> float:
+    """Return the bytes of keys and values of all rows, layers and so many tokens."""
+    numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
+    return batch * num_tokens * numbers_per_token * dtype.itemsize
 
 
 def count_agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -251,9 +275,8 @@ def print_result(result: dict[str, Any]) -> None:
         end="",
     )
     print(f"{new_tokens} of answer: medians (lowest to highest) of {result['repeats']}\n")
-    rows = [
-        ["", "ms to first token", "x peer", "decoded tokens/s", "x peer", "MB per step", "share of limit", "as peer"]
-    ]
+    titles = ["ms to first token", "x peer", "decoded tokens/s", "x peer", "MB weights", "MB per step", "of limit"]
+    rows = [["", *titles, "as peer"]]
     for name, row in result["median"].items():
         ratio, agreeing = result["ratio"][name], result["agreeing_tokens"].get(name)
         rows.append(
@@ -264,6 +287,7 @@ def print_result(result: dict[str, Any]) -> None:
                 format_median(result, name, "decoded_tokens_per_s"),
                 f"{ratio['decode_to_transformers']:.2f}",
                 f"{row['weights_per_step_bytes'] / 1e6:.1f}",
+                f"{row['read_per_step_bytes'] / 1e6:.1f}",
                 f"{ratio['share_of_bandwidth']:.2f}",
                 "-" if agreeing is None else f"{agreeing:.1f} of {new_tokens}",
             ]
@@ -271,5 +295,7 @@ def print_result(result: dict[str, Any]) -> None:
     print_table(rows)
     bandwidth = result["read_bandwidth_bytes_per_s"] / 1e9
     print(f"limit: {bandwidth:.1f} GB/s, at which as many threads sum 1 GiB; share = MB per step x steps/s / limit")
+    print("MB per step: weights, and keys and values of prompt and answer so far, each in its dtype; mean of the steps")
     print("as peer: the first tokens of an answer that are the peer's, mean of the rows; bf16 rounds differently\n")
-    print_goals(result["goals"])
+    if result["goals"]:
+        print_goals(result["goals"])

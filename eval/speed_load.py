@@ -4,13 +4,18 @@ The peer is transformers' `from_pretrained` on the same files, as they are store
 the limit is reading the files once. Time counts until the call has returned, and until every page of the model has
 been looked at: a mapped file is only then read. Files are in the page cache, imports are done, and a tiny model has
 been loaded by the same call before the clock starts.
+
+What eight ranks read of a disk is counted apart, where files can be dropped from the page cache: all eight at once, and
+then one alone.
 """
 
 import argparse
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,14 @@ from eval.measure import (
     make_goal,
     print_goals,
     print_table,
+    run_in_new_process,
     summarize,
     take_turns,
     wait_for,
 )
+from eval.page_cache import count_disk_bytes, drop_from_cache
 from eval.speed_weights import HF_BF16, HF_FP16, OFFICIAL_BIN, load_transformers, prepare_checkpoint
-from model.weights import load_llava, open_checkpoint
+from model.weights import Checkpoint, load_llava, open_checkpoint
 
 REPEATS = 5
 PAGE_BYTES = 4096
@@ -53,12 +60,14 @@ def load_ours(folder: Path, device: str, **options: Any) -> list[Tensor]:
 
 
 def load_rank(folder: Path, device: str) -> list[Tensor]:
+    return list(read_rank(open_checkpoint(folder), RANK, device))
+
+
+def read_rank(checkpoint: Checkpoint, rank: int, device: str) -> Iterator[Tensor]:
     """Read one rank's rows of every tensor, as sharded training does."""
-    shards = []
-    for tensor in open_checkpoint(folder).tensors.values():
-        start, end = (rank * tensor.shape[0] // NUM_RANKS for rank in (RANK, RANK + 1))
-        shards.append(tensor.read(slice(start, end)).to(device, copy=True))
-    return shards
+    for tensor in checkpoint.tensors.values():
+        start, end = (number * tensor.shape[0] // NUM_RANKS for number in (rank, rank + 1))
+        yield tensor.read(slice(start, end)).to(device, copy=True)
 
 
 def load_peer(folder: Path, device: str) -> list[Tensor]:
@@ -96,6 +105,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     repeats = arguments.repeats or REPEATS
     summary = summarize(take_turns(turns, repeats))
     median = summary["median"]
+    ranks = measure_ranks(folders[HF_BF16], warm_up[HF_FP16])  # not the same, where the size is tiny
     ratio = {
         name: {
             "time_to_reading": row["touched_s"] / median[READING]["touched_s"],
@@ -111,7 +121,8 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "repeats": repeats,
             **summary,
             "ratio": ratio,
-            "goals": list_goals(median),
+            "ranks": ranks,
+            "goals": list_goals(median) + list_rank_goals(ranks),
             "environment": environment,
         }
     ]
@@ -144,6 +155,46 @@ def measure(name: str, folder: Path, warm_up: Path, device: str) -> dict[str, fl
         "private_peak_bytes": memory.private_peak_bytes,
         "file_pages_bytes": memory.file_pages_bytes,
         **({"gpu_peak_bytes": torch.cuda.max_memory_allocated()} if on_gpu else {}),
+    }
+
+
+def measure_ranks(folder: Path, warm_up: Path) -> dict[str, Any]:
+    """Return what eight ranks, each a process, read from the disk at once, and then one of them alone."""
+    files = list_weights(folder)
+    measure = functools.partial(measure_rank, folder, warm_up)
+    if kept := drop_from_cache(files):
+        return {"not_measured": f"{kept} bytes of the files stay in the page cache"}
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    with ProcessPoolExecutor(NUM_RANKS, mp_context=context, max_tasks_per_child=1) as executor:
+        at_once = list(executor.map(measure, range(NUM_RANKS)))
+    if not any(row["disk_bytes"] for row in at_once):
+        return {"not_measured": "the system does not count what a process reads of this disk"}
+    if kept := drop_from_cache(files):
+        return {"not_measured": f"{kept} bytes of the files stay in the page cache"}
+    alone = run_in_new_process(measure, RANK, True)
+    return {"files_bytes": sum(file.stat().st_size for file in files), "at_once": at_once, "alone": alone}
+
+
+def measure_rank(folder: Path, warm_up: Path, rank: int, is_keeping: bool = False) -> dict[str, int]:
+    """Copy a rank's rows into memory of its own, to stay there or, as eight ranks' may not fit, to be let go of."""
+    list(read_rank(open_checkpoint(warm_up), rank, "cpu"))
+    before = count_disk_bytes()
+    rows_bytes = 0
+    kept = []
+    with MemoryWatch() as memory:
+        checkpoint = open_checkpoint(folder)
+        opened = count_disk_bytes()
+        for shard in read_rank(checkpoint, rank, "cpu"):
+            rows_bytes += shard.nbytes
+            if is_keeping:
+                kept.append(shard)
+    return {
+        "rows_bytes": rows_bytes,
+        "opening_disk_bytes": opened - before,
+        "disk_bytes": count_disk_bytes() - before,
+        "private_peak_bytes": memory.private_peak_bytes,
+        "file_pages_bytes": memory.file_pages_bytes,
     }
 
 
@@ -187,6 +238,18 @@ def list_goals(median: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     return goals
 
 
+def list_rank_goals(ranks: dict[str, Any]) -> list[dict[str, Any]]:
+    if "not_measured" in ranks:
+        return []
+    alone = ranks["alone"]
+    read = sum(row["disk_bytes"] for row in ranks["at_once"]) / ranks["files_bytes"]
+    rows = (alone["disk_bytes"] - alone["opening_disk_bytes"]) / alone["rows_bytes"]
+    return [
+        make_goal(f"{NUM_RANKS} ranks at once: bytes read from the disk / bytes of the files", read, at_most=1.01),
+        make_goal("one rank alone: bytes read for its rows / bytes of its rows", rows, at_most=1.15),
+    ]
+
+
 def print_result(result: dict[str, Any]) -> None:
     """Print one row per contestant, then the goals."""
     median = result["median"]
@@ -213,4 +276,26 @@ def print_result(result: dict[str, Any]) -> None:
     rate = files_mb / median[READING]["touched_s"] / 1000
     print(f"limit: reading the files once, {rate:.1f} GB/s; x reading = time until read / time of reading them once")
     print("a mapped file's pages come in blocks, on some kernels of 2 MB: few bytes of small tensors are many pages\n")
+    print_ranks(result["ranks"])
     print_goals(result["goals"])
+
+
+def print_ranks(ranks: dict[str, Any]) -> None:
+    """Print one row per rank that read at once, their sum, and the one that read alone."""
+    if "not_measured" in ranks:
+        print(f"what ranks read from the disk is not measured here: {ranks['not_measured']}\n")
+        return
+    print(f"{NUM_RANKS} ranks read {ranks['files_bytes'] / MB:.1f} MB of files that are not in the page cache, MB\n")
+    figures = list(ranks["alone"])
+    at_once = ranks["at_once"]
+    total = {figure: sum(row[figure] for row in at_once) for figure in figures}
+    named = {f"rank {rank}": row for rank, row in enumerate(at_once)}
+    named |= {"in sum": total, f"rank {RANK} alone": ranks["alone"]}
+    rows = [["", "its rows", "read, opening", "read in all", "private, peak", "mapped"]]
+    rows += [[name, *(f"{row[figure] / MB:.1f}" for figure in figures)] for name, row in named.items()]
+    print_table(rows)
+    print(
+        "of ranks at once, the first to want a page reads it for all; opening reads what lies behind a file's header,"
+    )
+    print("as much as the system reads ahead; where rows end within a page, two ranks want it")
+    print("private: only the one that is alone keeps its rows, for those of eight may not fit this machine\n")

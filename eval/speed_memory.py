@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.measure import describe_environment, make_goal, print_goals, print_table, run_in_new_process, wait_for
 from eval.speed_weights import SIZES
-from model.config import CONFIGS, LlavaConfig
+from model.config import LlavaConfig
 from train.config import TrainConfig, make_config
 from train.memory import GIB, Workload
 from train.optim import make_optimizer
@@ -26,7 +26,6 @@ from train.stage import build_objective
 NUM_RANKS = 8
 CAP_GIB = 28.5
 NUM_STEPS = 3
-MODELS = {**SIZES, "13b": CONFIGS["llava-1.5-13b"]}
 DOCUMENTS = ((16, 800), (16, 2048))  # of a forward pass, and tokens of each: LLaVA's mean rows, and the longest
 TINY_DOCUMENTS = ((4, 256),)
 
@@ -34,7 +33,7 @@ TINY_DOCUMENTS = ((4, 256),)
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Plan a LoRA's step with all layers checkpointed and with half of them, and measure it, each in a new process."""
     environment = describe_environment(arguments.device)
-    num_layers = MODELS[arguments.size].text.num_hidden_layers
+    num_layers = SIZES[arguments.size].text.num_hidden_layers
     steps = [
         (arguments.size, num_documents, length, checkpoint_layers)
         for num_documents, length in (TINY_DOCUMENTS if arguments.size == "tiny" else DOCUMENTS)
@@ -72,7 +71,7 @@ def set_up(
     size: str, num_documents: int, length: int, checkpoint_layers: int
 ) -> tuple[TrainConfig, LlavaConfig, Workload]:
     values = {"name": "memory", "train": "lora", "data": "none", "checkpoint_layers": checkpoint_layers}
-    return make_config(values, "the suite"), MODELS[size], Workload(num_documents * length, num_documents, 1)
+    return make_config(values, "the suite"), SIZES[size], Workload(num_documents * length, num_documents, 1)
 
 
 def plan_bytes(steps: Sequence[tuple[str, int, int, int]]) -> list[int]:

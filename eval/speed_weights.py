@@ -3,6 +3,7 @@
 They say nothing sensible; loading and answering take as long as with trained weights.
 """
 
+import functools
 import math
 import zlib
 from pathlib import Path
@@ -40,10 +41,12 @@ SIZES = {
         ),
     ),
     "7b": CONFIGS["llava-1.5-7b"],
+    "13b": CONFIGS["llava-1.5-13b"],
 }  # fmt: skip
 
 # The same files are read by this project and by transformers; what the official code wrote is read by this one alone.
 HF_BF16, HF_FP16, OFFICIAL_BIN = "hf-bf16", "hf-fp16", "official-bin-fp16"
+BLOCK_NUMBERS = 2**22 - 3  # a prime, so that no row of a matrix is another one again
 
 
 def prepare_checkpoint(parent: Path, size: str, kind: str) -> Path:
@@ -61,7 +64,7 @@ def prepare_checkpoint(parent: Path, size: str, kind: str) -> Path:
 
 
 def make_random_checkpoint(config: LlavaConfig, dtype: torch.dtype) -> Checkpoint:
-    """Return a checkpoint whose tensors are drawn when they are read, the same each time."""
+    """Return a checkpoint whose tensors are made when they are read, the same each time."""
     with torch.device("meta"):
         shapes = list_shapes(Llava(config).state_dict())
     tensors = {name: make_random_tensor(name, shape, dtype) for name, shape in shapes.items()}
@@ -70,16 +73,28 @@ def make_random_checkpoint(config: LlavaConfig, dtype: torch.dtype) -> Checkpoin
 
 
 def make_random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-    """Norms are 1, biases 0, and the rest is scaled so that activations keep their size."""
+    """Norms are 1, biases 0, and the rest is scaled so that activations keep their size.
+
+    One block of numbers is repeated, from another place in each tensor: drawing 13 billion would take minutes.
+    """
 
     def read(rows: slice) -> Tensor:
         if name.endswith("bias") or "norm" in name:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)[rows]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        fan_in = math.prod(shape[1:])
-        return torch.empty(shape).normal_(std=fan_in**-0.5, generator=generator).to(dtype)[rows]
+        row_numbers = math.prod(shape[1:])
+        start, stop, _ = rows.indices(shape[0])
+        first = (zlib.crc32(name.encode()) + start * row_numbers) % BLOCK_NUMBERS
+        num_numbers = (stop - start) * row_numbers
+        block = (draw_block() * row_numbers**-0.5).to(dtype).roll(-first)
+        return block.repeat(-(-num_numbers // BLOCK_NUMBERS))[:num_numbers].view(stop - start, *shape[1:])
 
     return StoredTensor(shape, dtype, name, read)
+
+
+@functools.cache
+def draw_block() -> Tensor:
+    """Return the same normal numbers at every call."""
+    return torch.empty(BLOCK_NUMBERS).normal_(generator=torch.Generator().manual_seed(0))
 
 
 def write_as_bin(folder: Path) -> None:

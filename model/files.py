@@ -5,8 +5,10 @@ own, and reading some of its rows reads only those.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import shutil
@@ -31,6 +33,9 @@ WEIGHT_FILES = (
 )
 SHARD_BYTES = 5_000_000_000
 PIECE_NUMBERS = 2**15  # 128 KB of fp32, and as much as PyTorch gives to one thread
+ADVICE_BYTES = 2**17  # what Linux reads at once when it is asked to, at the least
+
+LIBC = ctypes.CDLL(None)
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -51,6 +56,18 @@ class StoredTensor:
     def wrap(cls, tensor: Tensor, source: str) -> "StoredTensor":
         """Let a tensor in memory pass for one on disk."""
         return cls(tuple(tensor.shape), tensor.dtype, source, lambda rows: tensor[rows] if tensor.dim() else tensor)
+
+    @classmethod
+    def map(cls, tensor: Tensor, source: str) -> "StoredTensor":
+        """Stand for a tensor that lies in a mapped file."""
+
+        def read(rows: slice) -> Tensor:
+            part = tensor[rows] if tensor.dim() else tensor
+            if part.nbytes < tensor.nbytes:
+                _fetch_pages(part)
+            return part
+
+        return cls(tuple(tensor.shape), tensor.dtype, source, read)
 
     @property
     def num_bytes(self) -> int:
@@ -153,20 +170,25 @@ def open_tensors(file: Path) -> dict[str, StoredTensor]:
 
 def _open_safetensors(file: Path, size: str) -> dict[str, StoredTensor]:
     try:
-        # The handle stays open as long as a slice of it lives.
-        opened = safe_open(file, framework="pt")
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        with safe_open(file, framework="pt"):  # its checks: is the header sound, and the file as long as that says?
+            pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{size} is cut off or no safetensors file ({error}): download or copy it again") from error
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(header_bytes))
+    header.pop("__metadata__", None)
+    mapped = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
 
-    def stored(name: str) -> StoredTensor:
-        rows, shape = slices[name], tuple(slices[name].get_shape())
-        if rows.get_dtype() not in DTYPES:
-            raise ValueError(f"{size}: {name} has the type {rows.get_dtype()}, expected one of {', '.join(DTYPES)}")
-        read = rows.__getitem__ if shape else (lambda _: opened.get_tensor(name))
-        return StoredTensor(shape, DTYPES[rows.get_dtype()], f"{file}, {name}", read)
+    def stored(name: str, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> StoredTensor:
+        if dtype not in DTYPES:
+            raise ValueError(f"{size}: {name} has the type {dtype}, expected one of {', '.join(DTYPES)}")
+        start, stop = (8 + header_bytes + offset for offset in data_offsets)
+        # safetensors' own way to a tensor, `torch.asarray`, looks at its first number, and so reads what is around it.
+        numbers = torch.empty(0, dtype=DTYPES[dtype]).set_(mapped[start:stop])
+        return StoredTensor.map(numbers.view(shape), f"{file}, {name}")
 
-    return {name: stored(name) for name in slices}
+    return {name: stored(name, **about) for name, about in header.items()}
 
 
 def _open_pickle(file: Path, size: str, head: bytes) -> dict[str, StoredTensor]:
@@ -185,7 +207,19 @@ def _open_pickle(file: Path, size: str, head: bytes) -> dict[str, StoredTensor]:
         ) from error
     if not isinstance(values, dict) or not all(isinstance(tensor, Tensor) for tensor in values.values()):
         raise ValueError(f"{size} does not hold tensors by name")
-    return {name: StoredTensor.wrap(tensor.detach(), f"{file}, {name}") for name, tensor in values.items()}
+    return {name: StoredTensor.map(tensor.detach(), f"{file}, {name}") for name, tensor in values.items()}
+
+
+def _fetch_pages(tensor: Tensor) -> None:
+    """Have the pages of a mapped tensor read from the disk, and no others.
+
+    Where a page is missed, Linux reads what lies around it, too, megabytes on some machines: of a rank's rows that
+    would be several times as much. It is advice: where it is not taken, pages are read when they are looked at.
+    """
+    end = tensor.data_ptr() + tensor.nbytes
+    for start in range(tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, end, ADVICE_BYTES):
+        length = ctypes.c_size_t(min(ADVICE_BYTES, end - start))
+        LIBC.madvise(ctypes.c_void_p(start), length, mmap.MADV_WILLNEED)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> None:

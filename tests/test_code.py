@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "data", "train", "eval", "demo")
 READMES = ("README.md", "README.zh-CN.md")
 
-# What a room may import of the others, and the commands that have to see one more: `eval/speed_tiny.py` and
-# `eval/speed_memory.py` measure the trainer's own step, `model/convert.py` writes a tokenizer beside the weights,
-# `data/features.py` runs the vision tower.
+# What a room may import of the others, and the commands that have to see one more: some benchmarks measure the trainer,
+# `model/convert.py` writes a tokenizer beside the weights, `data/features.py` runs the vision tower.
 MAY_IMPORT = {
     "model": {"model"},
     "data": {"data"},
@@ -23,8 +22,12 @@ MAY_IMPORT = {
     "demo": {"demo", "model", "data"},
 }
 MAY_ALSO_IMPORT = {
-    "eval/speed_tiny.py": {"train"},
+    "eval/speed_train.py": {"train"},
+    "eval/speed_train_contestants.py": {"train"},
+    "eval/speed_start_rank.py": {"train"},
     "eval/speed_memory.py": {"train"},
+    "eval/speed_growth_steps.py": {"train"},
+    "eval/speed_growth_plan.py": {"train"},
     "model/convert.py": {"data"},
     "data/features.py": {"model"},
 }

@@ -58,6 +58,8 @@ def run_stage(
     steps, held_out = open_in_turn(functools.partial(open_data, config, start, ranks), ranks)
     llava, objective = build_objective(config, start.config, steps.dataset)
     sources = list_sources(llava, objective, start, config.seed)
+    if config.compile:
+        compile_layers(llava)
     shard(objective, objective.blocks(), config.parallel, getattr(torch, config.dtype), ranks)
     fill(objective, sources, ranks.device)
     optimizer = make_optimizer(
@@ -87,11 +89,18 @@ def run_stage(
             "trained_parameters": sum(p.numel() for p in llava.parameters() if p.requires_grad),
         }
         note_session(folder, ranks, facts)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first_step, num_steps),
+        num_workers=config.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
     write_trained = functools.partial(write_model, config=config, start=start)
     is_finished = train(
         objective,
         optimizer,
-        DataLoader(steps, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.num_workers),
+        loader,
         held_out,
         folder,
         ranks,
@@ -226,6 +235,15 @@ def build_objective(
     for part in (objective.visual_projection, objective.word_embedding):
         initialize_weights(part, sizes.vision.hidden_size**-0.5, config.seed)
     return llava, objective
+
+
+def compile_layers(llava: Llava) -> None:
+    """Run the LLaMA's layers, all but attention, through `torch.compile`: what is not a matrix product is fused.
+
+    Each layer is code of its own that knows nothing of sharding or checkpointing around it; for any number of tokens.
+    """
+    for layer in llava.language_model.layers:
+        layer.compile(dynamic=True)
 
 
 def list_captions(dataset: ConversationDataset) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@ from data.conversation import (
     CHAT_TEMPLATES,
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
+    POSITIONS,
     SYSTEM,
     TEMPLATES,
     Rendered,
@@ -249,6 +250,14 @@ def test_truncation_takes_text_from_the_end(tiny_tokenizer: Tokenizer, has_image
         assert cut.num_images == has_image
         if limit >= images + text.index(text[-1]):  # the image precedes the cut: positions are those of the full text
             assert cut.position_ids == [full.position_ids[i] for i in kept]
+
+
+def test_positions_of_the_longest_documents(tiny_tokenizer: Tokenizer) -> None:
+    """Longer than most, where positions are made in another way."""
+    turns = [Turn("human", "is it red? " * 3000), Turn("gpt", "yes")]
+    rendered = render_conversation(turns, tiny_tokenizer, P)
+    assert len(rendered) > 2 * len(POSITIONS)
+    assert rendered.position_ids == list(range(len(rendered)))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -67,6 +67,24 @@ def assert_same(first: Step, second: Step) -> None:
             assert same, name
 
 
+def test_pinned_steps_are_the_same_steps(dataset: ConversationDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader pins every tensor of a step, and nothing else of it changes; here a copy stands for pinned memory."""
+    pinned: list[Tensor] = []
+
+    def copy_tensor(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", copy_tensor)
+    step = make_steps(dataset, batch_size=11)[0]
+    copy = step.pin_memory()
+    assert_same(copy, step)
+    places = {tensor.data_ptr() for tensor in pinned}
+    tensors = [value for batch in copy.micro_batches for value in vars(batch).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 5 * len(step.micro_batches)  # ids, labels, their places, positions, pixels
+    assert {tensor.data_ptr() for tensor in tensors} == places
+
+
 def test_deal_keeps_its_promises() -> None:
     """Each document once, within the budget, no share empty, as many micro-batches on each rank."""
     source = random.Random(0)

@@ -1,6 +1,7 @@
 """Text <-> ids, from both kinds of file: SentencePiece's ids and texts, and streams without half a character."""
 
 import codecs
+import itertools
 import json
 import pickle
 import random
@@ -13,6 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+import data.tokenizer
 from data.conversation import IMAGE_TOKEN_ID, SYSTEM
 from data.tiny.build_tokenizer import VOCAB_SIZE, build_tokenizer
 from data.tokenizer import SPACE, StreamDecoder, Tokenizer, cut_at_stop, find_tokenizer
@@ -75,6 +77,14 @@ def test_ids_and_text_are_sentencepieces(tokenizer: Tokenizer, processor: senten
         ids = processor.EncodeAsIds(text)
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == processor.DecodeIds(ids)
+
+
+def test_a_typed_sign_for_a_space_is_one(tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> None:
+    """So words end at both: a run of them is one token."""
+    for length in range(1, 7):
+        for letters in itertools.product(f"a {SPACE}", repeat=length):
+            text = "".join(letters)
+            assert tokenizer.encode(text) == processor.EncodeAsIds(text)
 
 
 @pytest.mark.parametrize("vocabulary", ["tiny", "llama"])
@@ -233,6 +243,40 @@ def test_stream_of_the_unknown_token(tokenizer: Tokenizer, processor: sentencepi
     """No text contains it, but a model can emit it."""
     assert stream(tokenizer, [0, 0, 2]) == [" ⁇ ", " ⁇ ", "", ""]
     assert processor.DecodeIds([0, 0, 2]) == " ⁇  ⁇ "
+
+
+def test_words_are_forgotten_when_they_are_too_many(
+    tiny_processor: sentencepiece.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered stays small, sentences without spaces are not, and the ids are the same."""
+    monkeypatch.setattr(data.tokenizer, "MAX_KNOWN_WORDS", 5)
+    tokenizer = Tokenizer(TINY_TOKENIZER)
+    most = 0
+    for text in make_strings(8)[:500]:
+        assert tokenizer.encode(text) == tiny_processor.EncodeAsIds(text)
+        most = max(most, len(tokenizer._ids_of_word))
+    assert most == 5
+    tokenizer = Tokenizer(TINY_TOKENIZER)
+    tokenizer.encode("有" * 33 + " red")
+    assert list(tokenizer._ids_of_word) == [" red"]
+
+
+def test_what_is_remembered_does_not_change(tiny_tokenizer: Tokenizer) -> None:
+    first = tiny_tokenizer.encode("red")
+    first.append(7)
+    assert tiny_tokenizer.encode("red") == first[:-1]
+
+
+def test_pieces_that_go_on_after_a_space_are_found(
+    tmp_path: Path, tiny_processor: sentencepiece.SentencePieceProcessor
+) -> None:
+    """LLaMA has none: text is split word by word only where that is so."""
+    document = make_tokenizer_json(tiny_processor, "llava_hf")
+    vocab, merges = document["model"]["vocab"], document["model"]["merges"]
+    vocab[f"q{SPACE}"] = len(vocab)
+    merges.insert(0, f"q {SPACE}")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    assert vocab[f"q{SPACE}"] in Tokenizer(tmp_path / "tokenizer.json").encode("q q")
 
 
 def test_loader_processes_can_be_handed_a_tokenizer(tokenizer: Tokenizer) -> None:

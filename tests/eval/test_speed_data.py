@@ -3,6 +3,8 @@
 import json
 import mmap
 import shutil
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ from eval.speed_data_loading import (
     official_loader,
     open_steps,
 )
+from eval.speed_data_wait import NUM_WORKERS, WITH, WITHOUT, train
 from tests.launch import ROOT, run_script
 
 GIVEN = {
     OURS: {"samples_per_s": 8.0},
     OURS_ALONE: {"samples_per_s": 12.0},
     OFFICIAL: {"samples_per_s": 10.0},
+    OURS_SHARDS: {"samples_per_s": 14.0},
+    WITH: {"wait_share": 0.001, "highest_wait_share": 0.06},
     "again": {"opened_s": 4.0, "rank_private_bytes": 1.5e9, "worker_private_bytes": 0.2e9},
 }
 
@@ -59,8 +64,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 def test_suite_writes_what_it_prints(measured: tuple[dict[str, Any], str]) -> None:
     result, printed = measured
     assert (result["suite"], result["sizes"]["rows"], result["repeats"]) == ("data", 77, 1)
+    assert result["vocab_size"] == 768
     loaders = {OURS, OURS_ALONE, OFFICIAL, OURS_SHARDS, OURS_FEATURES}
-    others = {"preparing coco", "preparing visual_genome", "checking", "the first time", "again"}
+    others = {WITHOUT, WITH, "preparing coco", "preparing visual_genome", "checking", "the first time", "again"}
     assert result["median"].keys() == result["spread"].keys() == loaders | others
     for name, figures in result["median"].items():
         assert f"\n{name} " in printed
@@ -68,6 +74,7 @@ def test_suite_writes_what_it_prints(measured: tuple[dict[str, Any], str]) -> No
             low, high = result["spread"][name][figure]
             assert low <= value <= high
             assert value > 0 or figure == "private_peak_bytes"
+    assert result["median"][WITHOUT]["wait_share"] > 0.001  # a step's pictures are opened in it
     speed = {name: result["median"][name]["samples_per_s"] for name in loaders}
     assert result["ratio"] == {name: speed[name] / speed[OFFICIAL] for name in loaders}
     assert result["feeding"]["13B LoRA"]["workers_per_gpu"] == pytest.approx(16 / 6.9 / speed[OURS])
@@ -176,13 +183,18 @@ def test_goals_follow_from_the_medians() -> None:
     assert goals == {
         "13B LoRA: loader workers that a GPU needs": (round(16 / 6.9 / 8, 4), True),
         "7B LoRA: loader workers that a GPU needs": (round(16 / 3.7 / 8, 4), True),
-        "ours, the only rank: x the official way's samples/s": (1.2, True),
+        "ours, 1 of 8 ranks: x the official way's samples/s": (0.8, False),
+        "ours, the only rank: x the official way's samples/s": (1.2, False),
+        "ours, tar shards: x the official way's samples/s": (1.4, True),
+        "training with 4 workers: share of a step that waits": (0.001, True),
+        "training with 4 workers: the same, the step that waits most": (0.06, False),
         "seconds of opening again": (4.0, True),
         "MB that a rank has alone": (1500.0, False),
         "MB that a worker has alone": (200.0, True),
     }
-    slow = GIVEN | {OURS: {"samples_per_s": 0.5}, OURS_ALONE: {"samples_per_s": 9.0}}
-    assert [goal["reached"] for goal in list_goals(slow)] == [False, False, False, True, False, True]
+    slow = GIVEN | {OURS: {"samples_per_s": 0.5}, WITH: {"wait_share": 0.011, "highest_wait_share": 0.04}}
+    assert [goal["reached"] for goal in list_goals(slow)[:2]] == [False, False]
+    assert [goal["reached"] for goal in list_goals(slow)[5:7]] == [False, True]
 
 
 def test_pictures_are_files_like_photos(tmp_path: Path) -> None:
@@ -224,3 +236,38 @@ def test_wrong_arguments_are_named(tmp_path: Path, wrong: list[str]) -> None:
     ended = run_script(tmp_path, "eval/speed.py", "--suite", "data", *wrong)
     assert ended.returncode == 2
     assert "8 --rows, one a rank, and a file --tokenizer" in ended.stderr
+
+
+def test_workers_of_the_measurement_are_those_of_the_recipes() -> None:
+    files = (ROOT / "train/configs").glob("llava_*.toml")
+    assert {tomllib.loads(file.read_text(encoding="utf-8"))["num_workers"] for file in files} == {NUM_WORKERS}
+
+
+def test_waiting_is_read_from_the_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: of six steps the first two are left out; half of a second waited in steps of five and ten."""
+
+    def write_metrics(command: list[str], cwd: str, **_: object) -> subprocess.CompletedProcess:
+        waits_s, steps_s = (9.0, 8.0, 0.5, 0.5, 0.5, 0.5), (10.0, 10.0, 5.0, 10.0, 10.0, 10.0)
+        rows = [
+            {"step": number, "loss": 1.0, "data_wait_s": wait_s, "step_s": step_s}
+            for number, (wait_s, step_s) in enumerate(zip(waits_s, steps_s, strict=True), start=1)
+        ]
+        run = Path(cwd) / "runs/waiting"
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings = tomllib.loads((Path(cwd) / command[-1]).read_text(encoding="utf-8"))
+        assert settings["num_workers"] == 3
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", write_metrics)
+    figures = train(3, folder, num_steps=6)
+    assert figures["first_wait_s"] == 9
+    assert figures["wait_s"] == 0.5
+    assert figures["wait_share"] == 0.05
+    assert figures["highest_wait_share"] == 0.1
+    assert figures["trained_step_s"] == 10
+
+
+def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"rows\.json is missing|model"):
+        train(0, tmp_path, num_steps=1)
