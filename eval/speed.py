@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="of all but data and padding")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--repeats", type=int, help="rounds; by default 5 for load, 3 for others")
-    parser.add_argument("--documents", type=int, help="of train: rows of a step, by default 64")
+    parser.add_argument("--documents", type=int, help="of train: rows of a step, by default 32, on a GPU 64")
     parser.add_argument(
         "--checkpoint-dir", type=Path, default=Path("runs/speed"), help="random weights, written if they are not there"
     )
@@ -67,6 +67,8 @@ def main() -> None:
         parser.error(f"--suite {','.join(unknown)}: expected one or several of {','.join(SUITES)}")
     if (arguments.questions or 1) < 1 or arguments.rows_at_once < 1:
         parser.error("expected at least 1 of --questions and --rows-at-once")
+    if (arguments.documents or 1) < 1:
+        parser.error("expected at least 1 of --documents")
     if (arguments.repeats or 1) < 1 or arguments.new_tokens < 2 or min(arguments.batch_sizes) < 1:
         parser.error("expected at least 1 of --repeats and --batch-sizes, and 2 --new-tokens")
     if (arguments.rows or 8) < 8 or not arguments.tokenizer.is_file():

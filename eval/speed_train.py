@@ -62,7 +62,7 @@ from train.stage import build_objective, count_flops_per_token
 
 REPEATS = 3
 ROWS_PER_BATCH = {"cpu": 8, "cuda": 4}
-NUM_DOCUMENTS = 64  # of a step
+NUM_DOCUMENTS = {"cpu": 32, "cuda": 64}  # of a step
 NUM_WARM_UP = 2  # passes
 # x the real tokens/s of default and of the faster of tuned, and share of what cards multiply
 GOALS = {("cpu", "small"): (2.2, 1.15, None), ("cuda", "7b"): (2.5, 1.2, 0.5)}
@@ -74,7 +74,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     kind = device.partition(":")[0]
     config = SIZES[arguments.size]
     folder = prepare_checkpoint(arguments.checkpoint_dir, arguments.size, HF_BF16)
-    documents = make_documents(config, arguments.documents or NUM_DOCUMENTS)
+    documents = make_documents(config, arguments.documents or NUM_DOCUMENTS[kind])
     work = Work(folder, config, documents, ROWS_PER_BATCH[kind], device)
     turns: dict[str, Callable[[], Any]] = {name: functools.partial(measure, name, work) for name in CONTESTANTS}
     turns["product"] = functools.partial(measure_product_rate, device, torch.bfloat16)
