@@ -60,18 +60,20 @@ def main() -> None:
     if arguments.table:
         if not arguments.out.is_file():
             parser.error(f"--out {arguments.out} does not exist: nothing has been measured into it")
-        print(make_table(read_results(arguments.out), SUITES), end="")
+        try:
+            print(make_table(read_results(arguments.out), SUITES), end="")
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f"error: {arguments.out} holds something else than results of this program: {error}")
         return
     suites = arguments.suite.split(",")
     if unknown := sorted(set(suites) - set(SUITES)):
         parser.error(f"--suite {','.join(unknown)}: expected one or several of {','.join(SUITES)}")
-    if (arguments.questions or 1) < 1 or arguments.rows_at_once < 1:
-        parser.error("expected at least 1 of --questions and --rows-at-once")
-    if (arguments.documents or 1) < 1:
-        parser.error("expected at least 1 of --documents")
-    if (arguments.repeats or 1) < 1 or arguments.new_tokens < 2 or min(arguments.batch_sizes) < 1:
-        parser.error("expected at least 1 of --repeats and --batch-sizes, and 2 --new-tokens")
-    if (arguments.rows or 8) < 8 or not arguments.tokenizer.is_file():
+    counts = (arguments.questions, arguments.documents, arguments.repeats, arguments.rows_at_once, *arguments.batch_sizes)
+    if any(count is not None and count < 1 for count in counts):
+        parser.error("expected at least 1 of --questions, --documents, --repeats, --rows-at-once and --batch-sizes")
+    if arguments.new_tokens < 2:
+        parser.error(f"--new-tokens {arguments.new_tokens}: expected at least 2")
+    if (arguments.rows is not None and arguments.rows < 8) or not arguments.tokenizer.is_file():
         parser.error(f"expected at least 8 --rows, one a rank, and a file --tokenizer {arguments.tokenizer}")
     run_suites(suites, arguments)
 

@@ -138,3 +138,14 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     ended = run_script(tmp_path, "eval/speed.py", "--suite", "load,tests")
     assert ended.returncode == 2
     assert "--suite tests: expected one or several of train,generate" in ended.stderr
+    ended = run_script(tmp_path, "eval/speed.py", "--suite", "train", "--documents", "0")
+    assert ended.returncode == 2
+    assert "expected at least 1 of --questions, --documents" in ended.stderr
+
+
+def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("{broken\n", encoding="utf-8")
+    ended = run_script(tmp_path, "eval/speed.py", "--table", "--out", "other.jsonl")
+    assert ended.returncode == 1
+    assert "error: other.jsonl holds something else" in ended.stderr
+    assert "Traceback" not in ended.stderr
