@@ -68,7 +68,8 @@ def main() -> None:
     suites = arguments.suite.split(",")
     if unknown := sorted(set(suites) - set(SUITES)):
         parser.error(f"--suite {','.join(unknown)}: expected one or several of {','.join(SUITES)}")
-    counts = (arguments.questions, arguments.documents, arguments.repeats, arguments.rows_at_once, *arguments.batch_sizes)
+    counts = [arguments.questions, arguments.documents, arguments.repeats, arguments.rows_at_once]
+    counts += arguments.batch_sizes
     if any(count is not None and count < 1 for count in counts):
         parser.error("expected at least 1 of --questions, --documents, --repeats, --rows-at-once and --batch-sizes")
     if arguments.new_tokens < 2:
