@@ -44,11 +44,13 @@ class Scripted(Service):
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "allowed", threading.Semaphore(10**6 if is_free else 0))
         object.__setattr__(self, "heard", [])
+        object.__setattr__(self, "has_begun", threading.Event())
         object.__setattr__(self, "num_ended", [])
 
     steps: Sequence[Sequence[str] | Exception]
     allowed: threading.Semaphore
     heard: list[Any]
+    has_begun: threading.Event
     num_ended: list[int]
 
     def ask(
@@ -59,6 +61,7 @@ class Scripted(Service):
 
     def speak(self) -> Generator[list[Answer], None, None]:
         number = 0
+        self.has_begun.set()
         try:
             for number, texts in enumerate(self.steps, 1):
                 self.allowed.acquire(timeout=LIMIT_S)
@@ -282,7 +285,8 @@ def test_who_stops_or_goes_away_stops_the_model(picture: str, leave: Callable[[B
     with serve(service) as blocks, contextlib.closing(Browser(blocks)) as first:
         messages = first.ask(picture)
         service.allowed.release(3)
-        assert any("compare-pair" in json.dumps(message) for message in messages)  # up to the first answers
+        assert any("compare-pair" in json.dumps(message) for message in messages)  # shown while it is empty, too
+        assert service.has_begun.wait(LIMIT_S)
         leave(first)
         if leave is Browser.stop:
             assert any("stopped" in json.dumps(message) for message in messages)
