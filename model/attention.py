@@ -104,21 +104,18 @@ class CachedAttention:
             self.mask = (slots <= position_ids[:, :, None])[:, None]  # (B, 1, T, num_slots)
 
     def __call__(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.keys[layer_index], self.values[layer_index]
-        dtype, num_tokens = q.dtype, k.shape[2]
-        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
+        keys, values = self.keys[layer_index], self.values[layer_index]  # on CPUs in fp32: stored is cast
         if self.start is None:
-            keys[self.rows, :, self.position_ids] = k.transpose(1, 2)  # indexed: (B, T, K, d)
-            values[self.rows, :, self.position_ids] = v.transpose(1, 2)
+            keys[self.rows, :, self.position_ids] = k.transpose(1, 2).to(keys.dtype)  # indexed: (B, T, K, d)
+            values[self.rows, :, self.position_ids] = v.transpose(1, 2).to(values.dtype)
         else:
-            keys[:, :, self.start : self.start + num_tokens] = k
-            values[:, :, self.start : self.start + num_tokens] = v
-        if self.start == 0:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            k, v = keys[:, :, : self.num_slots], values[:, :, : self.num_slots]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
-        return out.to(dtype)
+            keys[:, :, self.start : self.start + k.shape[2]] = k
+            values[:, :, self.start : self.start + v.shape[2]] = v
+        keys, values = keys[:, :, : self.num_slots], values[:, :, : self.num_slots]
+        out = F.scaled_dot_product_attention(
+            q.to(keys.dtype), keys, values, attn_mask=self.mask, is_causal=self.start == 0, enable_gqa=True
+        )
+        return out.to(q.dtype)
 
 
 class TrunkAttention:

@@ -93,13 +93,15 @@ class BranchedCache:
         return BranchedAttention(trunks, branches, rows, starts, num_tokens)
 
 
+@torch.inference_mode()  # or these would be views, and who compiles them looks at what they are views of
 def make_slots(llama: Llama, num_rows: int, num_slots: int) -> list[Tensor]:
     """Return zeros (num_rows, K, num_slots, d) for every layer."""
     config, weight = llama.config, llama.lm_head.weight
     # CPUs without bf16 arithmetic attend 3 to 7 times faster in fp32, and have the memory.
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-    shape = (num_rows, config.num_key_value_heads, num_slots, config.head_size)
-    return [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
+    shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, num_slots, config.head_size)
+    # In one piece: the C library gives many small ones back to the system after an answer, and faults them in again.
+    return list(torch.zeros(shape, dtype=dtype, device=weight.device))
 
 
 @torch.inference_mode()
