@@ -279,6 +279,22 @@ def test_pieces_that_go_on_after_a_space_are_found(
     assert vocab[f"q{SPACE}"] in Tokenizer(tmp_path / "tokenizer.json").encode("q q")
 
 
+def test_runs_of_spaces_stay_together(tmp_path: Path, tiny_processor: sentencepiece.SentencePieceProcessor) -> None:
+    """LLaMA has pieces for them: a text in words has the ids of the whole one, whichever sign was typed."""
+    document = make_tokenizer_json(tiny_processor, "llava_hf")
+    vocab, merges = document["model"]["vocab"], document["model"]["merges"]
+    vocab[2 * SPACE] = len(vocab)
+    merges.insert(0, f"{SPACE} {SPACE}")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    for length in range(1, 7):
+        for letters in itertools.product(f"a {SPACE}", repeat=length):
+            text = "".join(letters)
+            assert tokenizer.encode(text) == tokenizer._split(" " + text)
+    assert tokenizer.encode("a  ")[-1] == vocab[2 * SPACE]
+    assert len(tokenizer._ids_of_word) > 1
+
+
 def test_loader_processes_can_be_handed_a_tokenizer(tokenizer: Tokenizer) -> None:
     """Where processes are not forked, everything they need is pickled."""
     copy = pickle.loads(pickle.dumps(tokenizer))
