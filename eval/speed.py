@@ -39,7 +39,7 @@ def main() -> None:
     chosen.add_argument("--suite", help=f"one or several of {','.join(SUITES)}, with commas between")
     chosen.add_argument("--table", action="store_true", help="measure nothing: show what --out holds already")
     parser.add_argument("--size", choices=SIZES, default="small", help="of all but data and padding")
-    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one")
     parser.add_argument("--repeats", type=int, help="rounds; by default 5 for load, 3 for others")
     parser.add_argument("--documents", type=int, help="of train: rows of a step, by default 32, on a GPU 64")
     parser.add_argument(
@@ -68,14 +68,17 @@ def main() -> None:
     suites = arguments.suite.split(",")
     if unknown := sorted(set(suites) - set(SUITES)):
         parser.error(f"--suite {','.join(unknown)}: expected one or several of {','.join(SUITES)}")
-    counts = [arguments.questions, arguments.documents, arguments.repeats, arguments.rows_at_once]
-    counts += arguments.batch_sizes
-    if any(count is not None and count < 1 for count in counts):
-        parser.error("expected at least 1 of --questions, --documents, --repeats, --rows-at-once and --batch-sizes")
-    if arguments.new_tokens < 2:
-        parser.error(f"--new-tokens {arguments.new_tokens}: expected at least 2")
-    if (arguments.rows is not None and arguments.rows < 8) or not arguments.tokenizer.is_file():
-        parser.error(f"expected at least 8 --rows, one a rank, and a file --tokenizer {arguments.tokenizer}")
+    at_least = {"questions": 1, "documents": 1, "repeats": 1, "rows_at_once": 1, "batch_sizes": 1, "new_tokens": 2}
+    at_least["rows"] = 8  # one a rank
+    for name, least in at_least.items():
+        values, option = getattr(arguments, name), "--" + name.replace("_", "-")
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                parser.error(f"{option} {value}: expected at least {least}")
+    if not arguments.tokenizer.is_file():
+        parser.error(f"--tokenizer {arguments.tokenizer}: expected a file, tokenizer.model or tokenizer.json")
+    if arguments.checkpoint_dir.exists() and not arguments.checkpoint_dir.is_dir():
+        parser.error(f"--checkpoint-dir {arguments.checkpoint_dir}: expected a folder, or a name that is free")
     run_suites(suites, arguments)
 
 
@@ -87,6 +90,8 @@ def run_suites(suites: list[str], arguments: argparse.Namespace) -> None:
     import torch
 
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: this PyTorch finds no GPU; leave the option out to measure the CPU")
     for name in suites:
         # Imported here: contestants' processes import this file, too, and should start quickly.
         suite = importlib.import_module(f"eval.speed_{name}")

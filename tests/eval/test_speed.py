@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eval.speed_generate import count_new_tokens, count_step_bytes
 from eval.speed_weights import SIZES
@@ -134,13 +135,29 @@ def test_contestants_answer_the_same(measured: tuple[dict[str, Any], str]) -> No
     assert result["agreeing_tokens"]["ours, bf16"] >= 1
 
 
-def test_wrong_arguments_are_named(tmp_path: Path) -> None:
-    ended = run_script(tmp_path, "eval/speed.py", "--suite", "load,tests")
-    assert ended.returncode == 2
-    assert "--suite tests: expected one or several of train,generate" in ended.stderr
-    ended = run_script(tmp_path, "eval/speed.py", "--suite", "train", "--documents", "0")
-    assert ended.returncode == 2
-    assert "expected at least 1 of --questions, --documents" in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["load,tests"], "--suite tests: expected one or several of train,generate"),
+        (["train", "--documents", "0"], "--documents 0: expected at least 1"),
+        (["generate", "--batch-sizes", "1", "-8"], "--batch-sizes -8: expected at least 1"),
+        (["generate", "--new-tokens", "1"], "--new-tokens 1: expected at least 2"),
+        (["growth", "--rows", "3"], "--rows 3: expected at least 8"),
+        (["data", "--tokenizer", "nowhere"], "--tokenizer nowhere: expected a file"),
+        (["load", "--checkpoint-dir", "taken"], "--checkpoint-dir taken: expected a folder"),
+        pytest.param(
+            ["load", "--device", "cuda"],
+            "--device cuda: this PyTorch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is wrong"),
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "taken").touch()
+    ended = run_script(tmp_path, "eval/speed.py", "--suite", *arguments)
+    assert ended.returncode != 0
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
