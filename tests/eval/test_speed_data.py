@@ -231,13 +231,6 @@ def test_memory_that_is_filled_is_seen() -> None:
         assert after[figure] - before[figure] == pytest.approx(num_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("wrong", [["--rows", "3"], ["--tokenizer", "nowhere.model"]])
-def test_wrong_arguments_are_named(tmp_path: Path, wrong: list[str]) -> None:
-    ended = run_script(tmp_path, "eval/speed.py", "--suite", "data", *wrong)
-    assert ended.returncode == 2
-    assert "8 --rows, one a rank, and a file --tokenizer" in ended.stderr
-
-
 def test_workers_of_the_measurement_are_those_of_the_recipes() -> None:
     files = (ROOT / "train/configs").glob("llava_*.toml")
     assert {tomllib.loads(file.read_text(encoding="utf-8"))["num_workers"] for file in files} == {NUM_WORKERS}
