@@ -71,10 +71,10 @@ def main() -> None:
     at_least = {"questions": 1, "documents": 1, "repeats": 1, "rows_at_once": 1, "batch_sizes": 1, "new_tokens": 2}
     at_least["rows"] = 8  # one a rank
     for name, least in at_least.items():
-        values, option = getattr(arguments, name), "--" + name.replace("_", "-")
-        for value in values if isinstance(values, list) else [values]:
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
             if value is not None and value < least:
-                parser.error(f"{option} {value}: expected at least {least}")
+                parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if not arguments.tokenizer.is_file():
         parser.error(f"--tokenizer {arguments.tokenizer}: expected a file, tokenizer.model or tokenizer.json")
     if arguments.checkpoint_dir.exists() and not arguments.checkpoint_dir.is_dir():

@@ -5,8 +5,8 @@ real FSDP with tensors that have no memory; times are its arithmetic, which know
 latency.
 
 Expect two bends of fsdp: what is not shared (activations, two gathered layers) is left of the memory at about 64 ranks,
-and beyond 128 it rises a little: an adapter's factor has 128 rows, and FSDP deals and gathers whole ones, so that 1,024
-ranks gather it padded to 1,024 rows.
+and beyond 256 (7B) or 512 (13B) it rises a little: an adapter's factor has 128 rows, and FSDP deals and gathers whole
+ones, so that 1,024 ranks gather it, and its gradient, padded to 1,024 rows. With 1,024 rows it goes on falling.
 """
 
 from collections.abc import Mapping, Sequence
